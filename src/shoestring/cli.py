@@ -1,0 +1,166 @@
+"""The command line: parse, call, print. Mistakes of the user end with one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+# Before torch starts its threads: busy waiting collapses when anything else uses the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+from rich.console import Console
+
+from shoestring import recipes
+from shoestring.config import RunConfig, apply_overrides, to_yaml
+from shoestring.runtime import UserError, pick_device
+
+INTERRUPTED = 130
+FAILED = 1
+USER_MISTAKE = 2
+
+console = Console()
+app = typer.Typer(
+    help="Train image diffusion models from scratch on a shoestring.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+recipes_app = typer.Typer(help="List and show recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Recipe = Annotated[str, typer.Argument(help="name of a recipe (see: shoestring recipes list) or a YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="settings to change")
+]
+Out = Annotated[Path | None, typer.Option(help="run folder [default: runs/NAME]")]
+
+
+def _folder(config: RunConfig, out: Path | None) -> Path:
+    return out if out is not None else Path("runs") / config.name
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, out: Out = None) -> None:
+    """Train a model; interrupted, the same command goes on.
+
+    Your own pictures: shoestring train demo data.source=folder data.path=my_pics --out runs/mine
+    """
+    from shoestring.training.loop import train as run
+
+    config = recipes.resolve(recipe, overrides or [])
+    folder = _folder(config, out)
+    if not run(config, folder, console):
+        raise typer.Exit(INTERRUPTED)
+    console.print(
+        f'Done: {folder}. Draw with: shoestring sample {folder} --prompt "..."', highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="demo, demo-shapes or another recipe")] = "demo",
+    out: Out = None,
+    quick: Annotated[bool, typer.Option("--quick", help="seconds instead of minutes: a check, not a model")] = False,
+) -> None:
+    """Train from nothing, draw, measure, and write report.html."""
+    from shoestring.studies.demo import quick as shortened
+    from shoestring.studies.demo import run_demo
+
+    config = recipes.resolve(recipe, overrides or [])
+    if quick:
+        config = shortened(config)
+    if not run_demo(config, _folder(config, out), console):
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[Path, typer.Argument(help="run folder, checkpoint folder or .safetensors file")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[sampling.KEY=VALUE]...", help="any other sampling setting"),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="what to draw; may be repeated")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="text file, one prompt a line")] = None,
+    num: Annotated[int, typer.Option(help="pictures per prompt", min=1)] = 1,
+    steps: Annotated[int | None, typer.Option(help="noise levels [default: as configured]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="0 ignores the prompt, 1 is plain, more follows it more")] = None,
+    sampler: Annotated[str | None, typer.Option(help="heun or euler")] = None,
+    negative: Annotated[str | None, typer.Option(help="what to move away from")] = None,
+    image: Annotated[Path | None, typer.Option(help="picture to begin with")] = None,
+    strength: Annotated[float, typer.Option(help="with --image: 0 keeps it, 1 forgets it")] = 0.6,
+    seed: Annotated[int | None, typer.Option(help="same seed, same pictures [default: a new one]", min=0)] = None,
+    batch: Annotated[int, typer.Option(help="pictures at once", min=1)] = 64,
+    gif: Annotated[bool, typer.Option("--gif", help="also save the denoising as animation")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+    out: Annotated[Path, typer.Option(help="folder of the pictures")] = Path("samples"),
+) -> None:
+    """Draw pictures with a trained model."""
+    from shoestring.sampling.command import SampleJob, run_sample
+
+    changes = list(overrides or [])
+    for name, value in (("steps", steps), ("guidance", guidance), ("sampler", sampler)):
+        if value is not None:
+            changes.append(f"sampling.{name}={value}")
+    for change in changes:
+        if not change.startswith("sampling."):
+            raise UserError(f"{change!r} cannot be changed when sampling; settings begin with sampling.")
+    job = SampleJob(
+        prompts=tuple(prompt or ()),
+        prompts_file=prompts_file,
+        num=num,
+        negative=negative,
+        image=image,
+        strength=strength,
+        seed=seed,
+        batch=batch,
+        gif=gif,
+        out=out,
+    )
+    run_sample(checkpoint, job, lambda config: apply_overrides(config, changes), pick_device(device), console)
+
+
+@app.command()
+def retrieval(
+    run: Annotated[Path, typer.Argument(help="run folder of a demo")],
+    samples: Annotated[Path | None, typer.Option(help="folder of PNGs [default: RUN/samples]")] = None,
+) -> None:
+    """Recompute the demo's retrieval measure from the pictures it left."""
+    from shoestring.studies.demo import recompute_retrieval
+
+    for key, value in recompute_retrieval(run, samples or run / "samples").items():
+        console.print(f"{key}: {value:g}", highlight=False)
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """All recipes, a line each."""
+    for name in recipes.names():
+        console.print(f"{name:22}{recipes.describe(name).splitlines()[0]}", highlight=False, soft_wrap=True)
+
+
+@recipes_app.command("show")
+def show_recipe(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Complete YAML of a recipe, with comments: save it, change it, train with it."""
+    header = recipes.describe(recipe) if recipe in recipes.names() else ""
+    print(to_yaml(recipes.resolve(recipe, overrides or []), header))
+
+
+def main() -> None:
+    """Entry point of the command ``shoestring``."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"shoestring: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(USER_MISTAKE)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Settings of a run: the schema, and the way in and out of YAML, JSON and ``key=value``."""
+
+from shoestring.config.files import apply_overrides, from_json, load_yaml, parse_yaml, to_yaml
+from shoestring.config.schema import (
+    DataConfig,
+    ExpertsConfig,
+    LoggingConfig,
+    MixerConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    ProcessConfig,
+    Ramp,
+    RunConfig,
+    SamplingConfig,
+    StageConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "ExpertsConfig",
+    "LoggingConfig",
+    "MixerConfig",
+    "ModelConfig",
+    "NoiseConfig",
+    "OptimizerConfig",
+    "ProcessConfig",
+    "Ramp",
+    "RunConfig",
+    "SamplingConfig",
+    "StageConfig",
+    "apply_overrides",
+    "from_json",
+    "load_yaml",
+    "parse_yaml",
+    "to_yaml",
+]

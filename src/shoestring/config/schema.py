@@ -1,0 +1,273 @@
+"""Every setting of a run: frozen, validated, documented. ``RunConfig`` is the whole.
+
+Field descriptions are the comments of ``shoestring recipes show``. Progress is counted in images
+(``..._nimg``), so that batch size and number of GPUs may change between stages.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """Base of all settings: immutable, unknown keys refused, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def setting(description: str, default: Any = ..., **limits: Any) -> Any:
+    """A field with its comment; without a default it must be given."""
+    return Field(default, description=description, **limits)
+
+
+class Ramp(Frozen):
+    """Width multipliers that grow linearly over the blocks (layer-wise scaling)."""
+
+    first: Positive = setting("multiplier of the first block")
+    last: Positive = setting("multiplier of the last block")
+
+    def per_block(self, depth: int) -> tuple[float, ...]:
+        """One multiplier a block."""
+        if depth == 1:
+            return (self.first,)
+        step = (self.last - self.first) / (depth - 1)
+        return tuple(self.first + i * step for i in range(depth - 1)) + (self.last,)
+
+
+class MixerConfig(Frozen):
+    """The patch mixer: blocks that see all patches before some are dropped (deferred masking)."""
+
+    depth: int = setting("blocks; 0 = no mixer, which makes masking naive", 4, ge=0, le=64)
+    dim: int = setting("width; equal to model.dim needs no maps in and out", 512, gt=0)
+    qkv_multiplier: Positive = setting("self-attention width as a share of dim", 1.0)
+    ffn_multiplier: Positive = setting("feed-forward width as a multiple of dim", 4.0)
+
+
+class ExpertsConfig(Frozen):
+    """Expert-choice mixture of experts in place of some feed-forward layers."""
+
+    count: int = setting("experts per layer; 0 = no experts anywhere", 8, ge=0, le=256)
+    capacity: Positive = setting("experts that see an average token", 2.0)
+    every: int = setting("every n-th block has experts (never the backbone's last)", 2, ge=1)
+
+
+class ModelConfig(Frozen):
+    """The network."""
+
+    kind: Literal["microdit"] = setting("family: microdit", "microdit")
+    in_channels: int = setting("channels of the latents (3 for pixels)", 4, gt=0)
+    caption_dim: int = setting("width of the caption embeddings", 1024, gt=0)
+    patch_size: int = setting("side of a patch in latents", 2, ge=1)
+    dim: int = setting("width D", 512, gt=0)
+    depth: int = setting("backbone blocks", 16, ge=1, le=256)
+    head_dim: int = setting("width of one attention head", 32, gt=0)
+    qkv_multipliers: Ramp | tuple[Positive, ...] = setting(
+        "self-attention widths: a ramp, or one value a block (fewer: each for depth/len blocks)",
+        Ramp(first=0.5, last=1.0),
+    )
+    ffn_multipliers: Ramp | tuple[Positive, ...] = setting(
+        "feed-forward widths, likewise", Ramp(first=0.5, last=4.0)
+    )
+    ffn_multiple_of: int = setting("feed-forward widths are rounded up to this", 256, gt=0)
+    mixer: MixerConfig = setting("patch mixer", MixerConfig())
+    experts: ExpertsConfig = setting("mixture of experts", ExpertsConfig())
+    bias: bool = setting("biases in attention, dense FFN, caption block and mixer maps", False)
+    norm_eps: Positive = setting("epsilon of every layer norm", 1e-6)
+    mask_captions: bool = setting(
+        "attend to and pool over real caption tokens only (false: padding too, as released)", False
+    )
+    attention: Literal["auto", "sdpa", "explicit"] = setting(
+        "auto: explicit softmax(QK)V in bf16 on a CPU, where fused attention is slow; else sdpa", "auto"
+    )
+    checkpoint_activations: bool = setting("recompute each block in the backward pass", False)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.dim % self.head_dim or self.dim % 4:
+            raise ValueError(
+                f"dim is {self.dim}; it must be a multiple of 4 and of head_dim ({self.head_dim})"
+            )
+        if self.mixer.depth and self.mixer.dim % self.head_dim:
+            raise ValueError(
+                f"mixer.dim is {self.mixer.dim}; it must be a multiple of head_dim ({self.head_dim})"
+            )
+        for name in ("qkv_multipliers", "ffn_multipliers"):
+            values = getattr(self, name)
+            if not isinstance(values, Ramp) and (not values or self.depth % len(values)):
+                raise ValueError(
+                    f"{name} has {len(values)} values; their number must divide depth ({self.depth})"
+                )
+        return self
+
+    def per_block(self, name: Literal["qkv_multipliers", "ffn_multipliers"]) -> tuple[float, ...]:
+        """The multipliers of all backbone blocks."""
+        values = getattr(self, name)
+        if isinstance(values, Ramp):
+            return values.per_block(self.depth)
+        return tuple(v for v in values for _ in range(self.depth // len(values)))
+
+
+class ProcessConfig(Frozen):
+    """How noise is added and what the network predicts."""
+
+    kind: Literal["edm", "flow"] = setting("edm (Karras et al. 2022) or flow (linear path, velocity)", "edm")
+    sigma_data: Positive | None = setting(
+        "standard deviation of the latents; null = measured on the training data", None
+    )
+    flow_shift: Positive = setting("flow: t -> shift t / (1 + (shift - 1) t); above 1 favours noise", 1.0)
+
+
+class NoiseConfig(Frozen):
+    """Distribution of training noise levels."""
+
+    mean: float = setting("edm: mean of ln sigma (P_mean); flow: mean of logit t", -0.6, ge=-10, le=10)
+    std: Positive = setting("edm: spread of ln sigma (P_std); flow: spread of logit t", 1.2)
+
+
+class DataConfig(Frozen):
+    """Where the pictures and captions come from."""
+
+    source: Literal["openmoji", "shapes", "folder"] = setting("openmoji, shapes or folder", "folder")
+    path: str | None = setting("folder: pictures with .txt, or metadata.jsonl/.csv/.parquet", None)
+    max_captions: int | None = setting("use this many captions (chosen by hash); null = all", None, ge=1)
+    held_out: Share = setting("share of captions kept out of training (chosen by hash)", 0.1)
+    text_encoder: Literal["hashing", "minilm", "clip"] = setting(
+        "hashing (no weights), minilm (from pip) or clip (transformers)", "minilm"
+    )
+    text_encoder_path: str | None = setting("clip: hub name or folder of the weights", None)
+    max_tokens: int = setting("caption tokens kept; longer captions are cut", 77, ge=2, le=512)
+    codec: Literal["pixels", "autoencoder-kl"] = setting(
+        "pixels, or autoencoder-kl (diffusers) for latents", "pixels"
+    )
+    codec_path: str | None = setting("autoencoder-kl: hub name or folder of the weights", None)
+    flip: bool = setting("mirror half of the pictures", False)
+    caption_drop: Share = setting("share of samples trained with the empty caption", 0.1)
+
+
+class StageConfig(Frozen):
+    """One stretch of training."""
+
+    name: str = setting("shown in logs and pictures", min_length=1, max_length=60)
+    nimg: int = setting("images to see in this stage", gt=0)
+    batch: int = setting("images per optimiser step, over all devices", 256, gt=0)
+    micro_batch: int | None = setting("images at once; null = the whole batch", None, gt=0)
+    resolution: int = setting("side of the pictures in pixels", 32, gt=0)
+    position_scale: Positive = setting("positions are divided by this (2 at twice the resolution)", 1.0)
+    mask_ratio: float = setting("share of patches dropped at the stage's start", 0.0, ge=0, lt=1)
+    mask_ratio_end: float | None = setting(
+        "share at its end, linear in images, in steps of 1/16; null = constant", None, ge=0, lt=1
+    )
+    lr: Positive = setting("peak learning rate (of AdamW)")
+    warmup_nimg: int = setting("images of linear warm-up", 0, ge=0)
+    lr_schedule: Literal["constant", "cosine", "linear"] = setting("shape after the warm-up", "constant")
+    lr_end_ratio: Share = setting("the schedule ends at this share of the peak", 0.0)
+    clip_norm: Positive | None = setting("clip the gradient to this norm; null = never", 1.0)
+    noise: NoiseConfig = setting("training noise levels", NoiseConfig())
+    ema_decay: float | None = setting(
+        "decay of the weight average per step; null = no EMA", 0.999, ge=0, lt=1
+    )
+    ema_start_nimg: int = setting("images of this stage before the average starts", 0, ge=0)
+    ema_rampup: Positive | None = setting(
+        "half-life at most this share of the images seen since the start; null = no ramp", 0.1
+    )
+    keep_optimizer: bool = setting("go on with the optimiser state of the stage before", True)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch is {self.batch}; it must be a multiple of micro_batch ({self.micro_batch})"
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the stage."""
+        return math.ceil(self.nimg / self.batch)
+
+
+class OptimizerConfig(Frozen):
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
+
+    kind: Literal["adamw", "muon"] = setting("adamw or muon", "adamw")
+    beta1: float = setting("AdamW", 0.9, ge=0, lt=1)
+    beta2: float = setting("AdamW", 0.999, ge=0, lt=1)
+    eps: Positive = setting("AdamW", 1e-8)
+    weight_decay: float = setting("of matrices; gains, biases and routers are never decayed", 0.1, ge=0)
+    decay_everything: bool = setting("decay every parameter, as the released MicroDiT did", False)
+    expert_lr_scale: Positive = setting("learning rate of expert weights relative to the rest", 1.0)
+    muon_lr_scale: Positive = setting("Muon's learning rate relative to AdamW's", 1.0)
+    muon_momentum: float = setting("Muon, Nesterov", 0.95, ge=0, lt=1)
+    muon_ns_steps: int = setting("Newton-Schulz iterations", 5, ge=1, le=12)
+    muon_adjust: Literal["original", "match_rms_adamw"] = setting(
+        "scale of the update by matrix shape, as in torch.optim.Muon", "match_rms_adamw"
+    )
+
+
+class SamplingConfig(Frozen):
+    """Defaults for drawing pictures."""
+
+    sampler: Literal["heun", "euler"] = setting("heun (2 calls a step) or euler", "heun")
+    steps: int = setting("noise levels", 30, ge=1, le=10_000)
+    guidance: float = setting("classifier-free guidance; 1 = off, 0 = without the caption", 5.0)
+    guidance_interval: tuple[float, float] | None = setting(
+        "guide only where sigma is in [low, high]; null = everywhere", None
+    )
+    sigma_min: Positive = setting("edm: last noise level", 0.002)
+    sigma_max: Positive = setting("edm: first noise level", 80.0)
+    rho: Positive = setting("edm: spacing of the noise levels", 7.0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min is {self.sigma_min}; it must be below sigma_max ({self.sigma_max})")
+        if (
+            self.guidance_interval is not None
+            and not 0 <= self.guidance_interval[0] <= self.guidance_interval[1]
+        ):
+            raise ValueError(
+                f"guidance_interval is {self.guidance_interval}; it must be [low, high] with 0 <= low <= high"
+            )
+        return self
+
+
+class LoggingConfig(Frozen):
+    """What is written while training, and how often. Intervals are in images seen."""
+
+    log_nimg: int = setting("a line in log.jsonl and TensorBoard", 2_048, gt=0)
+    validate_nimg: int = setting("validation loss on pinned noise, per noise level", 50_000, gt=0)
+    validation_images: int = setting("held-out pictures of the validation loss", 64, gt=0)
+    sample_nimg: int = setting("a sample grid", 50_000, gt=0)
+    checkpoint_nimg: int = setting("a checkpoint", 50_000, gt=0)
+    keep_checkpoints: int = setting("the last checkpoints kept", 2, ge=1)
+    prompts: tuple[str, ...] = setting("captions of the sample grids; empty = from the data", ())
+    tensorboard: bool = setting("write TensorBoard files when it is installed", True)
+    usd_per_hour: float = setting("price of the machine, for the cost so far", 0.0, ge=0)
+
+
+class RunConfig(Frozen):
+    """A whole run."""
+
+    name: str = setting("name of the run; runs/NAME is its folder", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = setting("seed of every random stream", 0, ge=0)
+    device: str = setting("auto, cpu, cuda, cuda:1, mps", "auto")
+    precision: Literal["bf16", "fp32"] = setting("bf16 autocast over fp32 weights, or fp32", "bf16")
+    compile: bool = setting("torch.compile the blocks (one to two minutes at the start)", False)
+    model: ModelConfig = setting("the network", ModelConfig())
+    process: ProcessConfig = setting("noise process", ProcessConfig())
+    data: DataConfig = setting("data", DataConfig())
+    stages: tuple[StageConfig, ...] = setting("stages, in order", min_length=1)
+    optimizer: OptimizerConfig = setting("optimiser", OptimizerConfig())
+    sampling: SamplingConfig = setting("sampling", SamplingConfig())
+    logging: LoggingConfig = setting("logging", LoggingConfig())
+
+    @property
+    def nimg(self) -> int:
+        """Images of all stages together."""
+        return sum(stage.steps * stage.batch for stage in self.stages)

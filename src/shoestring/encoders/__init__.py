@@ -1,0 +1,1 @@
+"""Encoders: pictures to latents and back, captions to token embeddings."""

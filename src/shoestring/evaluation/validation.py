@@ -1,0 +1,51 @@
+"""Validation loss on pinned noise, one figure per noise level."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoestring.diffusion.losses import denoising_loss
+from shoestring.diffusion.process import Process
+from shoestring.interfaces import Conditioning, Denoiser
+from shoestring.runtime import stream
+from shoestring.tensors import Float
+
+
+@torch.no_grad()
+def validation_loss(
+    process: Process,
+    denoiser: Denoiser,
+    x0: Float[Tensor, "B C H W"],
+    conditioning: Conditioning,
+    batch: int = 64,
+) -> dict[float, float]:
+    """Weighted loss over all patches at fixed noise-to-signal ratios, with the same noise every time.
+
+    No patch is dropped, also in masked stages: figures of masked and dense training can be compared.
+
+    Args:
+        process: noise process.
+        denoiser: estimates x0.
+        x0: clean latents.
+        conditioning: their captions.
+        batch: samples at once; the result does not depend on it beyond rounding.
+
+    Returns:
+        Mean loss by sigma / alpha.
+    """
+    noise = torch.stack(
+        [torch.randn(x0.shape[1:], generator=stream(0, "validation", i)) for i in range(len(x0))]
+    ).to(x0.device)
+    mask_BS = conditioning.text_mask_BS
+    losses: dict[float, float] = {}
+    for ratio in process.validation_sigmas():
+        total = 0.0
+        for i in range(0, len(x0), batch):
+            part = slice(i, i + batch)
+            text = Conditioning(conditioning.text_BSD[part], None if mask_BS is None else mask_BS[part])
+            level = process.level_at(torch.full((len(x0[part]),), ratio, device=x0.device))
+            loss_B = denoising_loss(process, denoiser, x0[part], noise[part], level, text)
+            total += loss_B.double().sum().item()
+        losses[ratio] = total / len(x0)
+    return losses

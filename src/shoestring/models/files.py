@@ -1,0 +1,131 @@
+"""One safetensors file is one model: weights, and in its header the whole run configuration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shoestring.config import RunConfig, from_json
+from shoestring.models.microdit import MicroDiT
+from shoestring.runtime import UserError
+
+FORMAT = "shoestring-1"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model beside its configuration."""
+
+    nimg: int
+    """Images seen in training."""
+    weights: str
+    """``trained`` or ``ema``."""
+    sigma_data: float
+    """Standard deviation of the training latents, measured."""
+    position_scale: float
+    """Interpolation scale of the last stage trained."""
+    resolution: int
+    """Side of the training pictures in pixels."""
+
+
+def build_network(config: RunConfig, generator: torch.Generator | None = None) -> MicroDiT:
+    """The network of a configuration.
+
+    Args:
+        config: the run.
+        generator: draws the initial weights; ``None`` leaves them unset, to be loaded.
+
+    Returns:
+        The network, on the default device.
+    """
+    network = MicroDiT(config.model)
+    if generator is not None:
+        network.initialize(generator)
+    return network
+
+
+def save_model(path: Path, tensors: dict[str, Tensor], config: RunConfig, facts: ModelFacts) -> None:
+    """Write weights with configuration and facts in the header.
+
+    Args:
+        path: file to write; the caller makes it appear atomically (see ``training/checkpoint.py``).
+        tensors: weights by parameter name.
+        config: of the run.
+        facts: see :class:`ModelFacts`.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    header = {"format": FORMAT, "config": config.model_dump_json(), "facts": json.dumps(asdict(facts))}
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=header)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def load_model(path: Path) -> tuple[RunConfig, MicroDiT, ModelFacts]:
+    """Read a model file.
+
+    Args:
+        path: a safetensors file written by :func:`save_model`.
+
+    Returns:
+        Configuration, network with its weights in evaluation mode, facts.
+
+    Raises:
+        UserError: if the file is missing, damaged, not ours, or does not fit its own configuration.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}); take another checkpoint") from error
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a model of shoestring (its header has format {header.get('format')!r}, not {FORMAT!r})"
+        )
+    config = from_json(header["config"])
+    facts = ModelFacts(**json.loads(header["facts"]))
+    network = build_network(config)
+    load_weights(network, tensors, str(path))
+    network.position_scale = facts.position_scale
+    return config, network.eval(), facts
+
+
+@torch.no_grad()
+def load_weights(network: MicroDiT, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy weights into a network that they fit exactly.
+
+    Args:
+        network: changed only if everything fits.
+        tensors: weights by parameter name.
+        where: name of the file, for messages.
+
+    Raises:
+        UserError: naming the first key or shape that does not fit.
+    """
+    tensors = dict(tensors)
+    table = tensors.pop("pos_embed", None)
+    own = dict(network.named_parameters())
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in tensors or name not in own:
+            problem = "missing" if name not in tensors else "unexpected"
+            raise UserError(f"{where}: key {name!r} is {problem}; it is a checkpoint of another model")
+        if own[name].shape != tensors[name].shape:
+            raise UserError(
+                f"{where}: {name} has shape {list(tensors[name].shape)}, this model needs "
+                f"{list(own[name].shape)}; it is a checkpoint of another model"
+            )
+    for name, parameter in own.items():
+        parameter.copy_(tensors[name])
+    if table is not None:
+        network.pos_embed = table

@@ -1,0 +1,246 @@
+"""Layers of the diffusion transformers: norms, attention, feed-forward, embeddings, positions.
+
+Submodules carry the released MicroDiT names (``attn.qkv``, ``mlp.w1``), so that a state dict of one is a
+state dict of the other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoestring.tensors import Bool, Float
+
+AttentionKind = Literal["auto", "sdpa", "explicit"]
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a gain and no bias."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the dtype of ``x`` is kept."""
+        return F.layer_norm(x, (x.shape[-1],), self.weight.to(x.dtype), None, self.eps)
+
+
+def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """x (1 + scale) + shift, the same for all tokens. Source: DiT, arXiv 2212.09748, adaLN."""
+    return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+def attend(
+    q_BNLP: Tensor, k_BNSP: Tensor, v_BNSP: Tensor, mask_BS: Tensor | None, kind: AttentionKind
+) -> Tensor:
+    """Scaled dot-product attention, fused or written out.
+
+    On CPUs torch's fused kernel has a bf16 backward pass ten times slower than the written-out form
+    (measured here, see EXPERIMENTS.md), hence the choice; ``auto`` takes the faster one.
+
+    Args:
+        q_BNLP: queries.
+        k_BNSP: keys.
+        v_BNSP: values.
+        mask_BS: true at keys that may be attended; ``None`` = all.
+        kind: which form.
+
+    Returns:
+        Attention output, shaped like ``q_BNLP``.
+    """
+    mask = None if mask_BS is None else mask_BS[:, None, None, :]
+    if kind == "auto":
+        kind = "explicit" if q_BNLP.device.type == "cpu" and q_BNLP.dtype == torch.bfloat16 else "sdpa"
+    if kind == "sdpa":
+        return F.scaled_dot_product_attention(q_BNLP, k_BNSP, v_BNSP, attn_mask=mask)
+    scores_BNLS = (q_BNLP * q_BNLP.shape[-1] ** -0.5) @ k_BNSP.transpose(-1, -2)
+    if mask is not None:
+        scores_BNLS = scores_BNLS.masked_fill(~mask, float("-inf"))
+    return scores_BNLS.softmax(dim=-1) @ v_BNSP
+
+
+def _heads(x_BLA: Tensor, head_dim: int) -> Tensor:
+    b, length, width = x_BLA.shape
+    return x_BLA.view(b, length, width // head_dim, head_dim).transpose(1, 2)
+
+
+def _merge(x_BNLP: Tensor) -> Tensor:
+    b, n, length, p = x_BNLP.shape
+    return x_BNLP.transpose(1, 2).reshape(b, length, n * p)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention of any width with whole-width qk-norm (all heads normalised together, no gain).
+
+    Source: released MicroDiT; layer-wise scaling gives each block its own width (arXiv 2407.15811, 3.2).
+    """
+
+    def __init__(self, dim: int, width: int, head_dim: int, bias: bool, eps: float, kind: AttentionKind):
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, dim, bias=bias)
+        self.head_dim, self.eps, self.kind = head_dim, eps, kind
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """Attend over the L tokens where ``mask_BL`` is true (all without a mask)."""
+        q, k, v = self.qkv(x_BLD).chunk(3, dim=-1)
+        q = F.layer_norm(q, (q.shape[-1],), eps=self.eps)
+        k = F.layer_norm(k, (k.shape[-1],), eps=self.eps)
+        heads = (_heads(t, self.head_dim) for t in (q, k, v))
+        return self.proj(_merge(attend(*heads, mask_BL, self.kind)))
+
+
+class CrossAttention(nn.Module):
+    """Attention from image tokens to caption tokens, whole-width qk-norm."""
+
+    def __init__(self, dim: int, head_dim: int, bias: bool, eps: float, kind: AttentionKind) -> None:
+        super().__init__()
+        self.q_linear = nn.Linear(dim, dim, bias=bias)
+        self.kv_linear = nn.Linear(dim, 2 * dim, bias=bias)
+        self.proj = nn.Linear(dim, dim, bias=bias)
+        self.head_dim, self.eps, self.kind = head_dim, eps, kind
+
+    def keys_values(self, y_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the caption, shaped ``B N S P``: they do not depend on the noise."""
+        k, v = self.kv_linear(y_BSD).chunk(2, dim=-1)
+        k = F.layer_norm(k, (k.shape[-1],), eps=self.eps)
+        return _heads(k, self.head_dim), _heads(v, self.head_dim)
+
+    def forward(self, x_BLD: Tensor, keys_values: tuple[Tensor, Tensor], mask_BS: Tensor | None) -> Tensor:
+        """Attend from ``x_BLD`` to what :meth:`keys_values` gave."""
+        q = self.q_linear(x_BLD)
+        q = _heads(F.layer_norm(q, (q.shape[-1],), eps=self.eps), self.head_dim)
+        return self.proj(_merge(attend(q, *keys_values, mask_BS, self.kind)))
+
+
+class SwiGLU(nn.Module):
+    """w3( silu(w1 x) * w2 x ). Source: arXiv 2002.05202."""
+
+    def __init__(self, dim: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=bias)
+        self.w2 = nn.Linear(dim, hidden, bias=bias)
+        self.w3 = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feed-forward over the last dimension."""
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class AdaLN(nn.Sequential):
+    """Linear( GELU-tanh(c) ): shifts, scales and gates from the condition. The released index 1 is kept."""
+
+    def __init__(self, dim: int, outputs: int) -> None:
+        super().__init__(nn.GELU(approximate="tanh"), nn.Linear(dim, outputs))
+
+
+class NormLinear(nn.Sequential):
+    """Layer norm, then a linear map: in and out of the patch mixer where its width differs."""
+
+    def __init__(self, dim: int, outputs: int, bias: bool, eps: float) -> None:
+        super().__init__(LayerNorm(dim, eps), nn.Linear(dim, outputs, bias=bias))
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of the noise coordinate, then Linear, GELU-tanh, Linear.
+
+    512 features, cosines first: f_j = exp(-ln(10000) j / 256). Source: released MicroDiT, ``TimestepEmbedder``.
+    """
+
+    features = 512
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.features, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+
+    def forward(self, time_B: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        """Embed the noise coordinate (ln(sigma) / 4 for EDM)."""
+        half = self.features // 2
+        j = torch.arange(half, dtype=torch.float32, device=time_B.device)
+        angles_BF = time_B.float()[:, None] * torch.exp(-math.log(10_000) * j / half)
+        features_BF = torch.cat([angles_BF.cos(), angles_BF.sin()], dim=-1)
+        return self.mlp(features_BF.to(self.mlp[0].weight.dtype))
+
+
+class CaptionMLP(nn.Module):
+    """fc2( LayerNorm( GELU-tanh( fc1 ) ) ): caption tokens or their mean to the model width."""
+
+    def __init__(self, dim_in: int, dim: int, eps: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim_in, dim)
+        self.norm = LayerNorm(dim, eps)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Map the last dimension."""
+        return self.fc2(self.norm(F.gelu(self.fc1(y), approximate="tanh")))
+
+
+class CaptionBlock(nn.Module):
+    """One pre-norm transformer block over the caption tokens, plain residuals."""
+
+    def __init__(self, dim: int, head_dim: int, hidden: int, bias: bool, eps: float, kind: AttentionKind):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps)
+        self.attn = SelfAttention(dim, dim, head_dim, bias, eps, kind)
+        self.norm2 = LayerNorm(dim, eps)
+        self.mlp = SwiGLU(dim, hidden, bias)
+
+    def forward(self, y_BSD: Tensor, mask_BS: Bool[Tensor, "B S"] | None) -> Tensor:
+        """Refine the caption tokens."""
+        y_BSD = y_BSD + self.attn(self.norm1(y_BSD), mask_BS)
+        return y_BSD + self.mlp(self.norm2(y_BSD))
+
+
+class PatchEmbedding(nn.Module):
+    """Linear map of patches, stored as the released convolution."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L D"]:
+        """Patches, row by row, as tokens."""
+        # A matrix product over unfolded patches: convolution kernels are slower at such sizes.
+        b, c, h, w = x.shape
+        p = self.proj.kernel_size[0]
+        patches = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(
+            patches.reshape(b, (h // p) * (w // p), c * p * p), self.proj.weight.flatten(1), self.proj.bias
+        )
+
+
+def sincos_positions(dim: int, grid: tuple[int, int], scale: float) -> Float[Tensor, "L D"]:
+    """Fixed 2-D sine-cosine table for any grid.
+
+    The first half of the channels encodes the column, the second the row; within each half sines come
+    first, omega_j = 10000^(-j / (D/4)). Coordinates are divided by ``scale`` (2 at twice the resolution).
+
+    Args:
+        dim: width D, a multiple of 4.
+        grid: rows and columns of patches.
+        scale: interpolation scale.
+
+    Returns:
+        One row per patch, row-major; float32, computed in float64.
+
+    Source: released MicroDiT ``get_2d_sincos_pos_embed``; after MAE, arXiv 2111.06377.
+    """
+    rows, columns = grid
+    omega = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+
+    def encode(position_L: Tensor) -> Tensor:
+        angles = position_L[:, None] / scale * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    row_L = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
+    column_L = torch.arange(columns, dtype=torch.float64).repeat(rows)
+    return torch.cat([encode(column_L), encode(row_L)], dim=1).float()

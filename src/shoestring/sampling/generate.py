@@ -1,0 +1,249 @@
+"""Drawing pictures: from noise, or from a picture and a strength."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from shoestring.config import RunConfig, SamplingConfig
+from shoestring.diffusion.process import Process, build_process
+from shoestring.encoders.image import build_codec
+from shoestring.encoders.text import build_text_encoder
+from shoestring.interfaces import Conditioning, Denoiser, ImageCodec, TextEncoder
+from shoestring.models.files import load_model
+from shoestring.runtime import PRECISIONS, UserError, stream
+from shoestring.sampling.guidance import GuidedDenoiser
+from shoestring.sampling.solvers import SOLVERS, OnStep
+from shoestring.tensors import Float, UInt8
+
+
+def initial_noise(
+    seed: int, images: Sequence[int], shape: tuple[int, int, int]
+) -> Float[Tensor, "B C H W"]:
+    """Standard normal noise; that of one picture depends on (seed, its number) and not on the batch."""
+    return torch.stack([torch.randn(shape, generator=stream(seed, "sample", i)) for i in images])
+
+
+def check_sampling(sampling: SamplingConfig) -> None:
+    """Refuse what the configuration's types allow but sampling does not: a guidance that is not a number."""
+    if not math.isfinite(sampling.guidance):
+        raise UserError(f"guidance is {sampling.guidance}; it must be a finite number, e.g. 3")
+
+
+@torch.no_grad()
+def sample_latents(
+    denoiser: Denoiser,
+    process: Process,
+    conditioning: Conditioning,
+    noise: Float[Tensor, "B C H W"],
+    sampling: SamplingConfig,
+    negative: Conditioning | None = None,
+    start: Float[Tensor, "B C H W"] | None = None,
+    strength: float = 1.0,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "B C H W"]:
+    """Draw latents.
+
+    Args:
+        denoiser: estimates x0.
+        process: its noise process.
+        conditioning: captions; prepared here, once for the whole run.
+        noise: standard normal.
+        sampling: sampler, steps, guidance.
+        negative: captions to move away from, instead of the empty one.
+        start: latents to begin with (image to image).
+        strength: with ``start``: share of the noise levels that are run; 1 forgets ``start``.
+        on_step: called after each step with its number and the estimate of x0.
+
+    Returns:
+        Clean latents.
+    """
+    grid = process.grid(sampling, sampling.steps)
+    x = grid[0][1] * noise
+    if start is not None and strength < 1:
+        skipped = min(sampling.steps, round(sampling.steps * (1 - strength)))
+        grid = grid[skipped:]
+        x = grid[0][0] * start + grid[0][1] * noise
+    guided = GuidedDenoiser(denoiser, sampling.guidance, sampling.guidance_interval, negative)
+    return SOLVERS[sampling.sampler](guided, x, grid, guided.prepare(conditioning), on_step)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A trained model with everything needed to draw from words."""
+
+    config: RunConfig
+    denoiser: Denoiser
+    process: Process
+    codec: ImageCodec
+    text_encoder: TextEncoder
+    device: torch.device
+    resolution: int
+    nimg: int
+
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Caption embeddings on the pipeline's device."""
+        text_BSD, mask_BS = self.text_encoder(texts)
+        # Nobody attends to padding beyond the longest caption where captions are masked.
+        longest = int(mask_BS.sum(1).max()) if self.config.model.mask_captions else mask_BS.shape[1]
+        longest = max(1, longest)
+        return Conditioning(text_BSD[:, :longest].to(self.device), mask_BS[:, :longest].to(self.device))
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seed: int,
+        images: Sequence[int],
+        sampling: SamplingConfig,
+        negative: str | None = None,
+        start: UInt8[Tensor, "1 3 H W"] | None = None,
+        strength: float = 1.0,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> UInt8[Tensor, "B 3 H W"]:
+        """Draw one picture for each prompt.
+
+        Args:
+            prompts: captions; the empty string draws without a caption.
+            seed: of the noise.
+            images: number of each picture within the seed; equal numbers get equal noise.
+            sampling: sampler, steps, guidance.
+            negative: what to move away from.
+            start: picture to begin with.
+            strength: 0 keeps ``start``, 1 forgets it.
+            on_step: called with the step's number and the pictures as estimated so far.
+
+        Returns:
+            Pixels, on the CPU.
+        """
+        check_sampling(sampling)
+        prompts = list(prompts)
+        side = self.resolution // self.codec.downsampling
+        noise = initial_noise(seed, images, (self.codec.channels, side, side)).to(self.device)
+        conditioning, against = self._captions(prompts, negative)
+        begin = None
+        if start is not None:
+            moments = self.codec.encode(start).to(self.device)
+            begin = self.codec.latents(moments, torch.zeros_like(noise[:1])).expand_as(noise)
+        watch = None if on_step is None else lambda i, x0: on_step(i, self.codec.decode(x0).cpu())
+        latents = sample_latents(
+            self.denoiser, self.process, conditioning, noise, sampling, against, begin, strength, watch
+        )
+        return self.codec.decode(latents).cpu()
+
+    def _captions(self, prompts: list[str], negative: str | None) -> tuple[Conditioning, Conditioning | None]:
+        """Captions and negatives padded to one length."""
+        both = self.encode(prompts + ([] if negative is None else [negative] * len(prompts)))
+        n, mask_BS = len(prompts), both.text_mask_BS
+        masks = (None, None) if mask_BS is None else (mask_BS[:n], mask_BS[n:])
+        captions = Conditioning(both.text_BSD[:n], masks[0])
+        return captions, None if negative is None else Conditioning(both.text_BSD[n:], masks[1])
+
+
+def find_model(path: Path) -> Path:
+    """The model file meant by a path: the file itself, a checkpoint folder, or a run's newest checkpoint.
+
+    Averaged weights (``ema.safetensors``) are preferred.
+
+    Args:
+        path: what the user gave.
+
+    Returns:
+        A safetensors file.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run folder, a checkpoint folder or a .safetensors file")
+    checkpoints = sorted(p for p in path.glob("checkpoints/*") if p.name.isdigit())
+    for folder in [path, *reversed(checkpoints)]:
+        for name in ("ema.safetensors", "weights.safetensors"):
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(f"{path} holds no checkpoint; train first, or give a .safetensors file")
+
+
+def load_pipeline(path: Path, device: torch.device, precision: str | None = None) -> Pipeline:
+    """Load a model with its codec and text encoder.
+
+    Args:
+        path: run folder, checkpoint folder or model file.
+        device: where to run.
+        precision: ``bf16`` or ``fp32``; ``None`` as trained.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        UserError: if the model cannot be read.
+    """
+    config, network, facts = load_model(find_model(path))
+    process = build_process(config.process, facts.sigma_data)
+    denoiser = process.denoiser(network.to(device), PRECISIONS[precision or config.precision])
+    codec, encoder = build_codec(config.data), build_text_encoder(config.data)
+    return Pipeline(config, denoiser, process, codec, encoder, device, facts.resolution, facts.nimg)
+
+
+def batches(count: int, size: int) -> Iterator[range]:
+    """0..count-1 in pieces of at most ``size``."""
+    for first in range(0, count, size):
+        yield range(first, min(count, first + size))
+
+
+def to_pil(pixels: UInt8[Tensor, "3 H W"]) -> Image.Image:
+    """One picture for Pillow."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def read_pixels(path: Path) -> UInt8[Tensor, "3 H W"]:
+    """Pixels of a picture file as RGB.
+
+    Args:
+        path: PNG, JPEG or whatever Pillow reads.
+
+    Returns:
+        The pixels.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error})") from error
+
+
+def save_png(path: Path, picture: Image.Image, parameters: dict[str, object]) -> None:
+    """Write a PNG with how it was made in its metadata (text chunk ``shoestring``, JSON)."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("shoestring", json.dumps(parameters))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        picture.save(path, pnginfo=info)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def picture_grid(pictures: UInt8[Tensor, "B 3 H W"], columns: int, zoom: int = 1) -> Image.Image:
+    """Pictures side by side on white, each enlarged ``zoom`` times without smoothing."""
+    n, _, h, w = pictures.shape
+    rows, gap = math.ceil(n / columns), 2
+    sheet = Image.new("RGB", (columns * (w * zoom + gap) + gap, rows * (h * zoom + gap) + gap), "white")
+    for i in range(n):
+        tile = to_pil(pictures[i]).resize((w * zoom, h * zoom), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + i % columns * (w * zoom + gap), gap + i // columns * (h * zoom + gap)))
+    return sheet
+
+

@@ -1,0 +1,118 @@
+"""What a person sees while a run trains, and what is written down: live line, log.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+PLAIN_INTERVAL_S = 15.0
+"""Without a terminal a line is printed this often."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: ``42 s``, ``7 min 05 s``, ``3 h 12 min``, ``2 d 05 h``."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86_400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86_400} d {s % 86_400 // 3600:02d} h"
+
+
+def status_line(row: dict[str, Any], total_nimg: int, left_s: float) -> str:
+    """One line: stage, progress, loss, rate, share of the machine's peak, time left, money."""
+    peak = "" if row["peak_share"] is None else f" ({row['peak_share']:.0%} of peak)"
+    return (
+        f"{row['stage']}  {row['nimg']:,}/{total_nimg:,} images  loss {row['loss']:.4f}  "
+        f"{row['images_per_s']:.1f} images/s{peak}  {duration(left_s)} left  ${row['cost_usd']:.2f}"
+    )
+
+
+class LiveLine:
+    """A line that is redrawn in a terminal, and printed now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._printed_s = 0.0
+
+    def __enter__(self) -> LiveLine:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def show(self, line: str) -> None:
+        """Redraw, or print if the last line is old enough."""
+        if self.live is not None:
+            self.live.update(Text(line))
+        elif time.monotonic() - self._printed_s > PLAIN_INTERVAL_S:
+            self._printed_s = time.monotonic()
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+
+class RunLog:
+    """``log.jsonl`` and, where installed and wanted, TensorBoard.
+
+    After an interruption the log is cut back to the checkpoint that training goes on from, so that it
+    reads like that of an undisturbed run.
+
+    Args:
+        folder: run folder.
+        nimg: images seen at the start; later rows of an earlier try are dropped.
+        tensorboard: write TensorBoard files too, if the package is there.
+    """
+
+    def __init__(self, folder: Path, nimg: int, tensorboard: bool) -> None:
+        path = folder / "log.jsonl"
+        kept = [row for row in read_log(folder) if row["nimg"] <= nimg]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.file = path.open("a", buffering=1)
+        self.board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=nimg + 1)
+
+    def write(self, kind: str, row: dict[str, Any]) -> None:
+        """Append a row; its numbers become TensorBoard curves over images seen."""
+        self.file.write(json.dumps({"kind": kind} | row) + "\n")
+        if self.board is None:
+            return
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "nimg":
+                self.board.add_scalar(f"{kind}/{key}", value, row["nimg"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a run's log; a last line cut off by a crash is passed over."""
+    rows = []
+    path = folder / "log.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

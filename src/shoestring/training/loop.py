@@ -1,0 +1,418 @@
+"""A run: set up, step until done, and what happens every so often beside the steps."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from shoestring import __version__
+from shoestring.config import RunConfig, StageConfig, to_yaml
+from shoestring.data.loader import PreparedData, prepare
+from shoestring.data.sources import Splits, load
+from shoestring.diffusion.process import build_process
+from shoestring.encoders.image import build_codec
+from shoestring.encoders.text import build_text_encoder
+from shoestring.evaluation.validation import validation_loss
+from shoestring.interfaces import Conditioning, ImageCodec, TextEncoder
+from shoestring.models.files import build_network
+from shoestring.planning import measured_peak_flops, model_flops
+from shoestring.runtime import PRECISIONS, UserError, pick_device, stream, write_text
+from shoestring.sampling.generate import Pipeline, picture_grid, save_png
+from shoestring.training.checkpoint import Counters, checkpoint_folders, load_checkpoint, save_checkpoint
+from shoestring.training.display import LiveLine, RunLog, status_line
+from shoestring.training.ema import EMA
+from shoestring.training.folder import check_same_run, locked, remember
+from shoestring.training.optim import Optimizers
+from shoestring.training.schedule import Position, ema_decay, learning_rate, mask_ratio, position
+from shoestring.training.step import Draws, Learner, NonFiniteLoss, TrainingBatch, train_step
+
+GRID_PICTURES = 16
+
+
+class TrainingFailed(RuntimeError):
+    """The loss became NaN or infinite; said in one sentence, the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Encoded data at one resolution."""
+
+    train: PreparedData
+    held_out: PreparedData | None
+    resolution: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        codec = self.train.codec
+        side = self.resolution // codec.downsampling
+        return codec.channels, side, side
+
+
+class Run:
+    """A training run in its folder.
+
+    Args:
+        config: what to do.
+        folder: run folder; a run that was interrupted there goes on.
+        console: where a person reads.
+
+    Raises:
+        UserError: if configuration, data, device or folder do not fit together.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, console: Console) -> None:
+        self.config, self.folder, self.console = config, folder, console
+        self.device = pick_device(config.device)
+        self.counters = Counters()
+        self.codec: ImageCodec = build_codec(config.data, self.device)
+        self.text_encoder: TextEncoder = build_text_encoder(config.data, self.device)
+        self._check_widths()
+        self.data = self._load_data(config.stages[0])
+        self.sigma_data = config.process.sigma_data or self.data.train.sigma_data()
+        network = build_network(config, stream(config.seed, "init")).to(self.device)
+        if config.compile:
+            for block in [*network.patch_mixer, *network.blocks]:
+                block.compile(dynamic=False)
+        process = build_process(config.process, self.sigma_data)
+        denoiser = process.denoiser(network, PRECISIONS[config.precision])
+        self.learner = Learner(
+            network, process, denoiser, Optimizers(network, config.optimizer), EMA(network)
+        )
+        self.peak_flops = self._peak_flops()
+        self.stopped = False
+
+    def _check_widths(self) -> None:
+        model, data = self.config.model, self.config.data
+        if model.in_channels != self.codec.channels:
+            raise UserError(
+                f"model.in_channels is {model.in_channels}, but data.codec={data.codec} gives "
+                f"{self.codec.channels} channels; set model.in_channels={self.codec.channels}"
+            )
+        if model.caption_dim != self.text_encoder.width:
+            raise UserError(
+                f"model.caption_dim is {model.caption_dim}, but data.text_encoder={data.text_encoder} gives "
+                f"{self.text_encoder.width}; set model.caption_dim={self.text_encoder.width}"
+            )
+        for stage in self.config.stages:
+            multiple = self.codec.downsampling * model.patch_size
+            if stage.resolution % multiple:
+                raise UserError(
+                    f"stage {stage.name!r}: resolution is {stage.resolution}; it must be a multiple of {multiple} "
+                    f"(codec {self.codec.downsampling} x model.patch_size {model.patch_size})"
+                )
+
+    def _load_data(self, stage: StageConfig) -> StageData:
+        data = self.config.data
+        with self.console.status(f"Preparing {data.source} pictures at {stage.resolution} px"):
+            splits: Splits = load(data, stage.resolution)
+            train = prepare(splits.train, self.codec, self.text_encoder, flip=data.flip)
+            some = splits.held_out.select(
+                range(min(len(splits.held_out), self.config.logging.validation_images))
+            )
+            held_out = prepare(some, self.codec, self.text_encoder) if len(some) else None
+        rejected = splits.train.rejected
+        self.console.print(
+            f"{data.source}: {len(train):,} pictures with {len(train.captions):,} captions to train on, "
+            f"{len(splits.held_out):,} held out, {len(rejected):,} left out"
+            + (f" (listed in {self.folder / 'rejected.txt'})" if rejected else "")
+        )
+        if rejected:
+            write_text(self.folder / "rejected.txt", "".join(f"{r.item}\t{r.reason}\n" for r in rejected))
+        return StageData(train, held_out, stage.resolution)
+
+    def _peak_flops(self) -> float:
+        """The machine's matmul peak: measured once, kept in the run folder."""
+        dtype = PRECISIONS[self.config.precision]
+        with self.console.status("Measuring the machine"):
+            return remember(
+                self.folder / "machine.json",
+                f"matmul_flops_{self.config.precision}_{self.device.type}",
+                lambda: measured_peak_flops(self.device, dtype),
+            )
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def train(self) -> bool:
+        """Train to the end, or to an interruption.
+
+        Returns:
+            True when all stages are done, False after Ctrl-C or SIGTERM (a checkpoint was written).
+
+        Raises:
+            TrainingFailed: on a NaN or infinite loss.
+        """
+        self._resume()
+        self.log = RunLog(self.folder, self.counters.nimg, self.config.logging.tensorboard)
+        self._rate = Rate(self.counters)
+        try:
+            with self._signals(), LiveLine(self.console) as line:
+                while (here := position(self.config, self.counters.nimg)) is not None and not self.stopped:
+                    self._enter_stage(here)
+                    self._step(here, line)
+                    self._every_so_often(here)
+            if self.stopped:
+                self._save()
+                self.console.print(f"Stopped at image {self.counters.nimg:,}; the same command goes on from there.")
+        finally:
+            self.log.close()
+        return not self.stopped
+
+    def _resume(self) -> None:
+        for folder in reversed(checkpoint_folders(self.folder)):
+            self.counters, facts = load_checkpoint(folder, self.learner)
+            self.learner.model.position_scale = facts.position_scale
+            self.console.print(f"Going on from image {self.counters.nimg:,} ({folder})")
+            return
+
+    def _enter_stage(self, here: Position) -> None:
+        """Whatever a stage needs that is not there yet; cheap when nothing changes."""
+        stage = here.stage
+        self.learner.model.position_scale = stage.position_scale
+        if stage.resolution != self.data.resolution:
+            self.data = self._load_data(stage)
+        if here.done_nimg == 0 and not stage.keep_optimizer:
+            self.learner.optimizers = Optimizers(self.learner.model, self.config.optimizer)
+
+    def _batch(self, here: Position) -> TrainingBatch:
+        stage, data = here.stage, self.data
+        rows = data.train.batch(self.config.seed, self.counters.nimg, stage.batch)
+        shape = data.latent_shape
+        patches = shape[1] * shape[2] // self.config.model.patch_size**2
+        draws = Draws.make(self.config.seed, "train", self.counters.nimg, stage.batch, shape, patches)
+        captions = self._conditioning(rows.text_BSD, rows.text_mask_BS)
+        return TrainingBatch(
+            x0=self.codec.latents(rows.moments_BMhw, draws.posterior).to(self.device),
+            conditioning=captions.drop((draws.drop_B < self.config.data.caption_drop).to(self.device)),
+            noise=draws.noise.to(self.device),
+            level_B=draws.level_B.to(self.device),
+            mask_BL=draws.mask_BL.to(self.device),
+        )
+
+    def _conditioning(self, text_BSD: torch.Tensor, mask_BS: torch.Tensor) -> Conditioning:
+        """Captions on the device, cut to the longest where padding is not attended."""
+        if self.config.model.mask_captions:
+            longest = int(mask_BS.sum(1).max())
+            text_BSD, mask_BS = text_BSD[:, :longest], mask_BS[:, :longest]
+        return Conditioning(text_BSD.to(self.device), mask_BS.to(self.device))
+
+    def _step(self, here: Position, line: LiveLine) -> None:
+        stage, done = here.stage, here.done_nimg
+        lr, ratio = learning_rate(stage, done), mask_ratio(stage, done)
+        try:
+            loss, norm = train_step(
+                self.learner, self._batch(here), stage, lr, ratio, ema_decay(stage, done)
+            )
+        except NonFiniteLoss as error:
+            kept = checkpoint_folders(self.folder)
+            raise TrainingFailed(
+                f"training stopped at image {self.counters.nimg:,} (stage {stage.name!r}): {error}; "
+                + (f"the last good checkpoint is {kept[-1]}; " if kept else "no checkpoint was written yet; ")
+                + f"lower the learning rate (stages.{here.index}.lr) or the clip norm and start again"
+            ) from error
+        self.counters.nimg += stage.batch
+        self.counters.step += 1
+        self._rate.step(stage.batch, loss)
+        row = self._row(here, lr, ratio, norm)
+        left = (self.config.nimg - self.counters.nimg) / max(row["images_per_s"], 1e-9)
+        line.show(status_line(row, self.config.nimg, left))
+        if self._crossed(self.config.logging.log_nimg, stage.batch) or self._last(here):
+            self.log.write("train", row)
+            self._rate.reset()
+
+    def _row(self, here: Position, lr: float, ratio: float, norm: float) -> dict[str, Any]:
+        shape, model = self.data.latent_shape, self.config.model
+        grid = (shape[1] // model.patch_size, shape[2] // model.patch_size)
+        tokens = int(self.data.train.text_mask_US.sum(1).max()) if model.mask_captions else self.config.data.max_tokens
+        flops = model_flops(model, grid, tokens, ratio).training * self._rate.images_per_s
+        self.counters.elapsed_s = self._rate.elapsed_s
+        return {
+            "nimg": self.counters.nimg,
+            "step": self.counters.step,
+            "stage": here.stage.name,
+            "loss": self._rate.loss,
+            "lr": lr,
+            "mask_ratio": ratio,
+            "grad_norm": norm,
+            "images_per_s": self._rate.images_per_s,
+            "peak_share": flops / self.peak_flops,
+            "elapsed_s": self.counters.elapsed_s,
+            "cost_usd": self.counters.elapsed_s / 3600 * self.config.logging.usd_per_hour,
+        }
+
+    def _crossed(self, interval: int, batch: int) -> bool:
+        """Whether the last step crossed a multiple of ``interval`` images."""
+        return self.counters.nimg // interval > (self.counters.nimg - batch) // interval
+
+    def _last(self, here: Position) -> bool:
+        """Whether the last step was the last of its stage."""
+        return here.done_nimg + here.stage.batch >= here.stage.steps * here.stage.batch
+
+    def _every_so_often(self, here: Position) -> None:
+        logging, batch, last = self.config.logging, here.stage.batch, self._last(here)
+        with self._rate.paused():
+            if last or self._crossed(logging.validate_nimg, batch):
+                self._validate(here)
+            if last or self._crossed(logging.sample_nimg, batch):
+                self._sample()
+            if last or self._crossed(logging.checkpoint_nimg, batch):
+                self._save()
+
+    # -- beside the steps ----------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        self.counters.elapsed_s = self._rate.elapsed_s
+        facts = {
+            "sigma_data": self.sigma_data,
+            "position_scale": self.learner.model.position_scale,
+            "resolution": self.data.resolution,
+        }
+        save_checkpoint(self.folder, self.learner, self.counters, self.config, facts)
+
+    def _validate(self, here: Position) -> None:
+        data = self.data.held_out if self.data.held_out is not None else self.data.train
+        rows = data.rows(torch.arange(min(len(data), self.config.logging.validation_images)))
+        x0 = self.codec.latents(rows.moments_BMhw, torch.zeros(len(rows.index_B), *self.data.latent_shape))
+        captions = self._conditioning(rows.text_BSD, rows.text_mask_BS)
+        with self.learner.ema.applied():
+            losses = validation_loss(
+                self.learner.process, self.learner.denoiser, x0.to(self.device), captions
+            )
+        self.log.write(
+            "validation",
+            {
+                "nimg": self.counters.nimg,
+                "stage": here.stage.name,
+                "held_out": self.data.held_out is not None,
+                "loss": sum(losses.values()) / len(losses),
+                "loss_per_level": {f"{ratio:g}": loss for ratio, loss in losses.items()},
+            },
+        )
+
+    def grid_prompts(self) -> list[str]:
+        """Captions of the sample grids: as configured, else from the data, a quarter of them held out."""
+        if self.config.logging.prompts:
+            return list(self.config.logging.prompts)
+        held = list(self.data.held_out.captions) if self.data.held_out is not None else []
+        held = held[: GRID_PICTURES // 4]
+        return list(self.data.train.captions[: GRID_PICTURES - len(held)]) + held
+
+    def pipeline(self, nimg: int) -> Pipeline:
+        """The current weights as something to draw with."""
+        return Pipeline(
+            self.config,
+            self.learner.denoiser,
+            self.learner.process,
+            self.codec,
+            self.text_encoder,
+            self.device,
+            self.data.resolution,
+            nimg,
+        )
+
+    def _sample(self) -> None:
+        prompts = self.grid_prompts()
+        with self.learner.ema.applied():
+            pictures = self.pipeline(self.counters.nimg).draw(
+                prompts, self.config.seed, range(len(prompts)), self.config.sampling
+            )
+        zoom = max(1, 64 // self.data.resolution)
+        save_png(
+            self.folder / "progress" / f"{self.counters.nimg:09d}.png",
+            picture_grid(pictures, columns=8, zoom=zoom),
+            {"nimg": self.counters.nimg, "prompts": prompts, "seed": self.config.seed},
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the current step; a second one ends it at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self.stopped:
+                raise KeyboardInterrupt
+            self.stopped = True
+            self.console.print("Stopping after this step and saving; once more to stop at once.")
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Rate:
+    """Images per second and mean loss since the last log line, and time spent training in all."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._before_s = counters.elapsed_s
+        self._start_s = self._since_s = time.perf_counter()
+        self._idle_s = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new stretch."""
+        self._since_s, self._idle_s = time.perf_counter(), 0.0
+        self._images, self._steps, self._loss = 0, 0, 0.0
+
+    def step(self, images: int, loss: float) -> None:
+        """Count one step."""
+        self._images += images
+        self._steps += 1
+        self._loss += loss
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count against the rate, but does count as time spent."""
+        start_s = time.perf_counter()
+        yield
+        self._idle_s += time.perf_counter() - start_s
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the stretch."""
+        return self._loss / max(1, self._steps)
+
+    @property
+    def images_per_s(self) -> float:
+        """Rate of the stretch."""
+        return self._images / max(1e-9, time.perf_counter() - self._since_s - self._idle_s)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of this and all earlier sittings."""
+        return self._before_s + time.perf_counter() - self._start_s
+
+
+def train(config: RunConfig, folder: Path, console: Console) -> bool:
+    """Train in a folder: start, or go on where an earlier try ended.
+
+    Args:
+        config: what to do.
+        folder: run folder.
+        console: where a person reads.
+
+    Returns:
+        True when the run is complete, False after an interruption.
+
+    Raises:
+        UserError: for mistakes in configuration, data or folder.
+        TrainingFailed: on a NaN or infinite loss.
+    """
+    check_same_run(folder, config)
+    with locked(folder):
+        write_text(folder / "config.yaml", to_yaml(config))
+        facts = {"shoestring": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        for name, version in facts.items():
+            remember(folder / "machine.json", name, lambda version=version: version)
+        return Run(config, folder, console).train()

@@ -1,0 +1,76 @@
+"""Learning rate, mask ratio, EMA decay and stage as functions of images seen: nothing else is stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shoestring.config.schema import RunConfig, StageConfig
+
+MASK_STEPS = 16
+"""A changing mask ratio moves in sixteenths, so that a compiled step is not built anew for every ratio."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the run we are."""
+
+    index: int
+    stage: StageConfig
+    start_nimg: int
+    """Images seen when the stage began."""
+    done_nimg: int
+    """Images seen within the stage."""
+
+
+def position(config: RunConfig, nimg: int) -> Position | None:
+    """The stage after ``nimg`` images, or ``None`` when all are done."""
+    start = 0
+    for index, stage in enumerate(config.stages):
+        length = stage.steps * stage.batch
+        if nimg < start + length:
+            return Position(index, stage, start, nimg - start)
+        start += length
+    return None
+
+
+def learning_rate(stage: StageConfig, done_nimg: int) -> float:
+    """Linear warm-up, then constant, linear or cosine to ``lr_end_ratio`` of the peak at the stage's end.
+
+    The step that sees images ``done_nimg`` to ``done_nimg + batch`` is scheduled by its last image, so that
+    the first step of a warm-up does something.
+    """
+    seen = done_nimg + stage.batch
+    if seen < stage.warmup_nimg:
+        return stage.lr * seen / stage.warmup_nimg
+    total = stage.steps * stage.batch
+    progress = min(1.0, (seen - stage.warmup_nimg) / max(1, total - stage.warmup_nimg))
+    if stage.lr_schedule == "constant":
+        return stage.lr
+    fall = progress if stage.lr_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return stage.lr * (1 - (1 - stage.lr_end_ratio) * fall)
+
+
+def mask_ratio(stage: StageConfig, done_nimg: int) -> float:
+    """Constant, or linear over the stage from ``mask_ratio`` to ``mask_ratio_end`` in sixteenths."""
+    if stage.mask_ratio_end is None:
+        return stage.mask_ratio
+    progress = done_nimg / max(1, (stage.steps - 1) * stage.batch)
+    ratio = stage.mask_ratio + (stage.mask_ratio_end - stage.mask_ratio) * min(1.0, progress)
+    return round(ratio * MASK_STEPS) / MASK_STEPS
+
+
+def ema_decay(stage: StageConfig, done_nimg: int) -> float:
+    """Decay of the weight average for the step after ``done_nimg`` images of the stage.
+
+    Zero before the start (the average is a copy of the weights). With a ramp the half-life is at most
+    ``ema_rampup`` times the images seen since the start, so that early weights are soon forgotten.
+
+    Source: EDM, arXiv 2206.00364, training details (half-life in images, ramp-up ratio).
+    """
+    since = done_nimg + stage.batch - stage.ema_start_nimg
+    if stage.ema_decay is None or since <= 0:
+        return 0.0
+    if stage.ema_rampup is None:
+        return stage.ema_decay
+    return min(stage.ema_decay, 0.5 ** (stage.batch / (stage.ema_rampup * since)))

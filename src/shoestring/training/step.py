@@ -1,0 +1,141 @@
+"""One training step, and the random numbers it needs. The order of things stands in :func:`train_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shoestring.config.schema import NoiseConfig, StageConfig
+from shoestring.diffusion.losses import denoising_loss
+from shoestring.diffusion.process import Process
+from shoestring.interfaces import Conditioning, Denoiser
+from shoestring.runtime import stream_seed
+from shoestring.tensors import visible_from_noise
+from shoestring.training.ema import EMA
+from shoestring.training.optim import Optimizers
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of a batch. Those of one sample depend on the seed and its number in the run only."""
+
+    level_B: Tensor
+    noise: Tensor
+    posterior: Tensor
+    mask_BL: Tensor
+    drop_B: Tensor
+
+    @staticmethod
+    def make(seed: int, purpose: str, first: int, count: int, shape: tuple[int, int, int], length: int) -> Draws:
+        """Draw for the samples ``first`` to ``first + count`` of the stream ``purpose``.
+
+        Args:
+            seed: the run's seed.
+            purpose: name of the stream.
+            first: number of the first sample (images seen).
+            count: batch size.
+            shape: channels, height and width of the latents.
+            length: patches per image.
+
+        Returns:
+            Standard normal (level, noise, posterior) and uniform (mask, drop) numbers, on the CPU.
+        """
+        generator = torch.Generator()
+        level, noise, posterior = torch.empty(count), torch.empty(count, *shape), torch.empty(count, *shape)
+        mask, drop = torch.empty(count, length), torch.empty(count)
+        for i in range(count):
+            generator.manual_seed(stream_seed(seed, purpose, first + i))
+            level[i] = torch.randn((), generator=generator)
+            torch.randn(shape, generator=generator, out=noise[i])
+            torch.randn(shape, generator=generator, out=posterior[i])
+            torch.rand(length, generator=generator, out=mask[i])
+            drop[i] = torch.rand((), generator=generator)
+        return Draws(level, noise, posterior, mask, drop)
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What a step looks at: clean latents, captions (already dropped where they are) and randomness."""
+
+    x0: Tensor
+    conditioning: Conditioning
+    noise: Tensor
+    level_B: Tensor
+    mask_BL: Tensor
+
+    def split(self, size: int) -> Iterator[TrainingBatch]:
+        """Micro-batches in order."""
+        for i in range(0, len(self.x0), size):
+            part = slice(i, i + size)
+            mask_BS = self.conditioning.text_mask_BS
+            yield TrainingBatch(
+                self.x0[part],
+                Conditioning(self.conditioning.text_BSD[part], None if mask_BS is None else mask_BS[part]),
+                self.noise[part],
+                self.level_B[part],
+                self.mask_BL[part],
+            )
+
+
+def batch_loss(
+    process: Process, denoiser: Denoiser, batch: TrainingBatch, noise: NoiseConfig, mask_ratio: float
+) -> Tensor:
+    """Mean loss of a batch."""
+    level = process.level_from_normal(batch.level_B, noise)
+    visible_BK = visible_from_noise(batch.mask_BL, mask_ratio)
+    return denoising_loss(
+        process, denoiser, batch.x0, batch.noise, level, batch.conditioning, visible_BK
+    ).mean()
+
+
+@dataclass
+class Learner:
+    """What a step changes: weights, optimisers, average."""
+
+    model: nn.Module
+    process: Process
+    denoiser: Denoiser
+    optimizers: Optimizers
+    ema: EMA
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or the gradient is NaN or infinite; the weights were not touched."""
+
+
+def train_step(
+    learner: Learner, batch: TrainingBatch, stage: StageConfig, lr: float, mask_ratio: float, ema_decay: float
+) -> tuple[float, float]:
+    """Forward, loss, backward, clip, update, average.
+
+    Args:
+        learner: changed in place.
+        batch: the whole batch; it is cut into ``stage.micro_batch`` pieces.
+        stage: noise levels, micro-batch, clipping.
+        lr: learning rate of this step.
+        mask_ratio: share of patches dropped.
+        ema_decay: of the weight average.
+
+    Returns:
+        The loss and the gradient norm before clipping.
+
+    Raises:
+        NonFiniteLoss: before anything is updated.
+    """
+    size = stage.micro_batch or len(batch.x0)
+    loss_sum = torch.zeros((), device=batch.x0.device)
+    for part in batch.split(size):
+        loss = batch_loss(learner.process, learner.denoiser, part, stage.noise, mask_ratio)
+        (loss * (len(part.x0) / len(batch.x0))).backward()
+        loss_sum += loss.detach() * (len(part.x0) / len(batch.x0))
+    limit = float("inf") if stage.clip_norm is None else stage.clip_norm
+    norm = nn.utils.clip_grad_norm_(learner.model.parameters(), limit)
+    if not (loss_sum + norm).isfinite():
+        raise NonFiniteLoss(f"loss {loss_sum.item()}, gradient norm {norm.item()}")
+    learner.optimizers.set_lr(lr)
+    learner.optimizers.step()
+    learner.ema.update(ema_decay)
+    return loss_sum.item(), norm.item()

@@ -1,0 +1,460 @@
+"""Parity: golden tensors of the released code, its published check sums, and a slow reference."""
+
+from __future__ import annotations
+
+import json
+import sys
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parity import check
+from shoestring.config.schema import ExpertsConfig, MixerConfig, ModelConfig, NoiseConfig, SamplingConfig
+from shoestring.diffusion.losses import denoising_loss
+from shoestring.diffusion.process import EDMProcess
+from shoestring.interfaces import Conditioning, NoiseLevel
+from shoestring.models.layers import TimeEmbedding, sincos_positions
+from shoestring.models.microdit import MicroDiT
+from shoestring.models.released import to_released
+from shoestring.sampling.guidance import GuidedDenoiser
+from shoestring.sampling.solvers import heun
+from shoestring.tensors import scatter_tokens, unpatchify, visible_from_noise
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from reference_microdit import ReferenceConfig, ReferenceMicroDiT  # noqa: E402
+
+OUTPUTS = tuple(check.MICRODIT_TOLERANCES)
+
+
+@pytest.fixture
+def golden(shared: Path) -> Path:
+    """The golden file of MicroDiT."""
+    return shared / "golden" / "microdit_a.safetensors"
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+# ------------------------------------------------------------------------------------- the checker
+
+
+def test_golden_file_passes(golden, capsys):
+    assert check.main([str(golden)]) == 0
+    assert capsys.readouterr().out.count(" ok") == len(OUTPUTS)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_altered_output_fails(golden, name, tmp_path, capsys):
+    tensors, metadata = read(golden)
+    kept = {k: t for k, t in tensors.items() if not k.startswith("out.") or k == f"out.{name}"}
+    kept[f"out.{name}"] = kept[f"out.{name}"] + 1e-2
+    save_file(kept, tmp_path / "altered.safetensors", metadata)
+    assert check.main([str(tmp_path / "altered.safetensors")]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("out.surprise", torch.zeros(1), "unknown output"),
+        ("out.mask", torch.zeros(2, 63), "shape"),
+        ("out.mask", torch.full((2, 64), float("nan")), "inf"),
+    ],
+)
+def test_wrong_outputs_fail(golden, name, value, said, tmp_path, capsys):
+    tensors, metadata = read(golden)
+    kept = {k: t for k, t in tensors.items() if not k.startswith("out.")}
+    save_file(kept | {name: value}, tmp_path / "wrong.safetensors", metadata)
+    assert check.main([str(tmp_path / "wrong.safetensors")]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_unreadable_files_are_one_clear_sentence(golden, tmp_path, capsys):
+    tensors, metadata = read(golden)
+    cases = {
+        "absent": "no such file",
+        "text": "not a readable safetensors file",
+        "cut": "not a readable safetensors file",
+        "no_metadata": "no 'kind'",
+        "no_dit": "describe no MicroDiT",
+        "no_weight": "key 'blocks.0.norm1.weight' is missing",
+        "no_input": "in.x is missing",
+        "bad_input": "out.dense cannot be computed",
+        "no_outputs": "no out.* tensor",
+    }
+    without_outputs = {k: t for k, t in tensors.items() if not k.startswith("out.")}
+    one_output = without_outputs | {"out.dense": tensors["out.dense"]}
+    (tmp_path / "text").write_text("these are not tensors")
+    (tmp_path / "cut").write_bytes(golden.read_bytes()[:5000])
+    save_file(tensors, tmp_path / "no_metadata")
+    save_file(one_output, tmp_path / "no_dit", {k: v for k, v in metadata.items() if k != "dit"})
+    weightless = {k: t for k, t in one_output.items() if k != "weight.blocks.0.norm1.weight"}
+    save_file(weightless, tmp_path / "no_weight", metadata)
+    save_file({k: t for k, t in one_output.items() if k != "in.x"}, tmp_path / "no_input", metadata)
+    save_file(one_output | {"in.captions": torch.zeros(2, 7, 41)}, tmp_path / "bad_input", metadata)
+    save_file(without_outputs, tmp_path / "no_outputs", metadata)
+    for name, said in cases.items():
+        assert check.main([str(tmp_path / name)]) == 2, name
+        message = capsys.readouterr().err
+        assert said in message
+        assert message.count("\n") == 1
+    assert check.main([str(tmp_path / "absent"), str(golden)]) == 2
+
+
+def test_a_kind_without_checker_fails(golden, tmp_path, capsys):
+    tensors, metadata = read(golden)
+    save_file(tensors, tmp_path / "other.safetensors", metadata | {"kind": "other"})
+    assert check.main([str(tmp_path / "other.safetensors")]) == 1
+    assert "no checker for files of kind 'other'" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------- golden files of other sizes
+
+SMALL = ReferenceConfig(
+    input_size=8,
+    caption_channels=12,
+    dim=32,
+    depth=2,
+    head_dim=8,
+    qkv_multipliers=(0.5, 1.0),
+    ffn_multipliers=(0.5, 2.0),
+    multiple_of=16,
+    patch_mixer_depth=2,
+    patch_mixer_dim=24,
+    num_experts=4,
+)
+VARIANTS = {
+    "bias and maps": replace(SMALL, use_bias=True),
+    "no maps, few multipliers": replace(
+        SMALL, depth=4, patch_mixer_dim=32, qkv_multipliers=(0.5, 1.0), ffn_multipliers=(1.0,)
+    ),
+    "no mixer, 16 channels": replace(SMALL, use_patch_mixer=False, in_channels=16),
+    "patch 4, scaled positions": replace(SMALL, input_size=16, patch_size=4, pos_interp_scale=2.0),
+    "experts everywhere": replace(
+        SMALL, depth=3, qkv_multipliers=(0.7,), ffn_multipliers=(1.5,), experts_every_n=1
+    ),
+}
+
+
+def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Draw every parameter anew: with zero gates every comparison would pass."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            gain = "norm" in name or (parameter.ndim == 1 and name.endswith("weight"))
+            fan_in = (
+                parameter[0].numel() if parameter.ndim == 2 or parameter.ndim == 4 else parameter.shape[-1]
+            )
+            if parameter.ndim == 3:
+                fan_in = parameter.shape[1]
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * values if gain else values * fan_in**-0.5)
+
+
+def write_golden(path: Path, config: ReferenceConfig) -> None:
+    """A golden file made by the reference."""
+    g = torch.Generator().manual_seed(5)
+    reference = ReferenceMicroDiT(config)
+    randomise(reference, g)
+    shape = (2, config.in_channels, config.input_size, config.input_size)
+    length = (config.input_size // config.patch_size) ** 2
+    inputs = {
+        "x": torch.randn(shape, generator=g),
+        "c_noise": torch.randn(2, generator=g),
+        "captions": torch.randn(2, 5, config.caption_channels, generator=g),
+        "mask_noise": torch.rand(2, length, generator=g),
+        "sigma": torch.rand(2, generator=g) + 0.1,
+        "loss_rnd_normal": torch.randn(2, generator=g),
+        "loss_noise": torch.randn(shape, generator=g),
+        "latents": torch.randn(shape, generator=g),
+    }
+    outputs = reference_outputs(reference, inputs, mask_ratio=0.5, scale=1.5, steps=3)
+    dit = asdict(config)
+    numbers = {key: str(dit.pop(key)) for key in ("input_size", "in_channels", "caption_channels")}
+    metadata = numbers | {
+        "kind": "microdit",
+        "dit": json.dumps(dit),
+        "mask_ratio": "0.5",
+        "cfg_scale": "1.5",
+        "heun_steps": "3",
+        "sigma_data": "0.9",
+        "P_mean": "-0.6",
+        "P_std": "1.2",
+    }
+    tensors = {f"weight.{k}": v for k, v in reference.state_dict().items()}
+    tensors |= {f"in.{k}": v for k, v in inputs.items()} | {f"out.{k}": v for k, v in outputs.items()}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
+
+
+def reference_outputs(
+    reference: ReferenceMicroDiT, inputs: dict[str, Tensor], mask_ratio: float, scale: float, steps: int
+) -> dict[str, Tensor]:
+    """Every output of the golden format, from the reference."""
+    x, time, captions, noise = (inputs[k] for k in ("x", "c_noise", "captions", "mask_noise"))
+    draws = (x, captions, inputs["loss_rnd_normal"], inputs["loss_noise"])
+    loss = reference.loss(*draws, noise, mask_ratio=mask_ratio)
+    loss.backward()
+    with torch.no_grad():
+        masked, mask = reference(x, time, captions, noise, mask_ratio)
+        assert mask is not None
+        return {
+            "dense": reference(x, time, captions)[0],
+            "masked": masked,
+            "mask": mask,
+            "cfg": reference.guided(x, time, captions, scale),
+            "denoised": reference.denoise(x, inputs["sigma"][:, None, None, None], captions)[0],
+            "loss_dense": reference.loss(*draws)[None],
+            "loss_masked": loss.detach()[None],
+            "gradnorm_masked": torch.stack([p.grad.norm() for _, p in sorted(reference.named_parameters())]),
+            "sample_heun": reference.sample_heun(inputs["latents"], captions, steps, scale),
+        }
+
+
+def test_reference_matches_golden(golden):
+    tensors, metadata = read(golden)
+    reference = ReferenceMicroDiT(ReferenceConfig.from_metadata(metadata))
+    assert torch.equal(reference.pos_embed, tensors["weight.pos_embed"])
+    reference.load_state_dict({k[7:]: t for k, t in tensors.items() if k.startswith("weight.")})
+    inputs = {k[3:]: t for k, t in tensors.items() if k.startswith("in.")}
+    outputs = reference_outputs(reference, inputs, mask_ratio=0.75, scale=3.0, steps=4)
+    assert set(outputs) == set(OUTPUTS)
+    for name, tolerance in check.MICRODIT_TOLERANCES.items():
+        assert tolerance.error(outputs[name], tensors[f"out.{name}"]) <= tolerance.cpu, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checker_builds_any_model(variant, tmp_path):
+    write_golden(tmp_path / "golden.safetensors", VARIANTS[variant])
+    assert check.main([str(tmp_path / "golden.safetensors")]) == 0
+
+
+# --------------------------------------------------------- ours against the reference, random shapes
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> tuple[ModelConfig, int, float]:
+    depth = draw(st.integers(1, 4))
+    config = ModelConfig(
+        in_channels=draw(st.integers(1, 4)),
+        caption_dim=draw(st.integers(1, 6)),
+        patch_size=draw(st.integers(1, 3)),
+        dim=draw(st.sampled_from((8, 16))),
+        depth=depth,
+        head_dim=draw(st.sampled_from((2, 4))),
+        qkv_multipliers=(draw(st.floats(0.3, 1.5)),) * depth,
+        ffn_multipliers=(draw(st.floats(0.3, 3.0)),),
+        ffn_multiple_of=draw(st.sampled_from((1, 4))),
+        mixer=MixerConfig(
+            depth=draw(st.integers(0, 3)),
+            dim=draw(st.sampled_from((8, 12, 16))),
+            qkv_multiplier=1,
+            ffn_multiplier=2,
+        ),
+        experts=ExpertsConfig(
+            count=draw(st.integers(0, 9)), capacity=draw(st.floats(0.3, 4)), every=draw(st.integers(1, 3))
+        ),
+        bias=draw(st.booleans()),
+    )
+    side = draw(st.integers(1, 5))
+    keep = draw(st.integers(1, side * side))
+    return config, side, 1 - (keep + 0.5) / side**2 if keep < side * side else 0.0
+
+
+@settings(max_examples=30)
+@given(configs(), st.integers(0, 2**31), st.sampled_from((1.0, 2.0)))
+def test_ours_equals_the_reference(drawn, seed, position_scale):
+    # float64, so that no near-tie of the router is decided differently
+    config, side, mask_ratio = drawn
+    g = torch.Generator().manual_seed(seed)
+    ours = MicroDiT(config)
+    ours.position_scale = position_scale
+    randomise(ours, g)
+    reference = ReferenceMicroDiT(ReferenceConfig.like(config, side * config.patch_size, position_scale))
+    released = to_released(ours, side)
+    assert torch.equal(released["pos_embed"], reference.pos_embed)
+    reference.load_state_dict(released)
+    ours.double()
+    reference.double()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    pixels = side * config.patch_size
+    x, noise = normal(2, config.in_channels, pixels, pixels), normal(2, config.in_channels, pixels, pixels)
+    captions, level_B = normal(2, 3, config.caption_dim), normal(2)
+    mask_noise = torch.rand(2, side * side, generator=g)
+    visible = visible_from_noise(mask_noise, mask_ratio)
+    # A time that float32 holds exactly: our time features are float32 whatever the network is
+    time = level_B.float().double()
+    tokens = ours(x, time, Conditioning(captions), visible)
+    expected, _ = reference(x, time, captions, mask_noise, mask_ratio)
+    if visible is not None:
+        tokens = scatter_tokens(tokens, visible, side * side)
+    got = unpatchify(tokens, (side, side), config.patch_size)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+    process = EDMProcess(0.9)
+    level = process.level_from_normal(level_B, NoiseConfig())
+    denoiser = process.denoiser(ours)
+    loss = denoising_loss(process, denoiser, x, noise, level, Conditioning(captions), visible).mean()
+    loss_expected = reference.loss(x, captions, level_B, noise, mask_noise, mask_ratio=mask_ratio)
+    torch.testing.assert_close(loss, loss_expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    loss_expected.backward()
+    theirs = dict(reference.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None
+        assert theirs[name].grad is not None
+        scale = theirs[name].grad.abs().max().item()
+        torch.testing.assert_close(
+            parameter.grad,
+            theirs[name].grad,
+            rtol=1e-4,
+            atol=1e-5 * scale + 1e-6,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+# ----------------------------------------------- published check sums (specification, section 1.11)
+
+
+def fill(key: str, *shape: int) -> Tensor:
+    """Deterministic numbers in [-0.5, 0.5) from a key."""
+    h = np.arange(int(np.prod(shape)), dtype=np.uint32)
+    h *= np.uint32(2654435761)
+    h += np.uint32(zlib.crc32(key.encode()))
+    h ^= h >> 16
+    h *= np.uint32(2246822519)
+    h ^= h >> 13
+    # h / 2**32 - 0.5 is the signed reading of h with its top bit flipped, over 2**32
+    return (torch.from_numpy((h ^ np.uint32(2**31)).view(np.int32)).float() / 2**32).reshape(shape)
+
+
+def test_fill():
+    expected = torch.tensor([-0.071004994, -0.039305802, -0.400883906, 0.357589236])
+    torch.testing.assert_close(fill("a", 4), expected)
+
+
+@pytest.fixture(scope="module")
+def tiny2() -> MicroDiT:
+    with torch.device("meta"):  # saves drawing 200 million numbers
+        model = MicroDiT(ModelConfig())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            u = fill(name, *parameter.shape)
+            parameter.copy_(1 + 0.2 * u if parameter.ndim == 1 and name.endswith(".weight") else 0.1 * u)
+    return model.requires_grad_(False)
+
+
+X = 12**0.5 * fill("input:x", 2, 4, 32, 32)
+TEXT = Conditioning(12**0.5 * fill("input:y", 2, 1, 77, 1024)[:, 0])
+TIME = torch.tensor([-1.25, 0.75])
+
+
+def assert_summary(
+    tensor: Tensor, mean: float, std: float, total: float, *first: float, tolerance: float = 1e-5
+) -> None:
+    """Compare mean, standard deviation, sum of absolute values and the first numbers."""
+    flat = tensor.flatten().double()
+    expected = pytest.approx(first, rel=10 * tolerance, abs=tolerance * std)
+    assert flat[: len(first)].tolist() == expected
+    assert flat.mean().item() == pytest.approx(mean, abs=tolerance * std)
+    assert [flat.std().item(), flat.abs().sum().item()] == pytest.approx([std, total], rel=tolerance)
+
+
+def test_fill_values_of_the_embeddings(tiny2):
+    assert_summary(
+        tiny2.t_embedder(TIME),
+        *(5.040493e-3, 0.1697774, 136.7281),
+        *(0.00593836, 0.151707, 0.436786, -0.141268),
+    )
+    y = tiny2.y_embedder(TEXT.text_BSD)
+    assert_summary(y, -2.284125e-3, 0.6557217, 41269.93, -0.475717, 0.226664, 1.721, -0.943972)
+    y = tiny2.y_emb_preprocess(y, None)
+    assert_summary(y, -4.808736e-3, 0.7145356, 44959.01, -0.57792, -0.00976406, 1.44327, -1.27665)
+    pooled = tiny2.pooled_y_emb_process(y.mean(dim=1))
+    assert_summary(pooled, 3.447393e-2, 0.6577908, 544.8208, 0.186035, -0.330064, -1.36091, 0.718562)
+    x = tiny2.x_embedder(X)
+    x = x + tiny2.positions((16, 16), x)
+    assert_summary(x, 0.4557346, 0.5534433, 153620.4, -0.0598691, 0.0950346, 0.192323, -0.0744005)
+
+
+def test_fill_values_of_the_output(tiny2):
+    bare = check.BareNetwork(1.0).denoiser(tiny2)
+    level = NoiseLevel(torch.ones(2), TIME)
+    out = bare(X, level, TEXT).image()
+    assert_summary(out, 7.490607e-2, 0.7219319, 4778.512, -1.83294, -1.15464, -1.84275, -1.03542)
+    noise = torch.rand(2, 256, generator=torch.Generator().manual_seed(0))
+    visible = visible_from_noise(noise, 0.75)
+    dropped = torch.ones(2, 256).scatter(1, visible, 0.0)
+    assert dropped[0, :16].tolist() == [1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1]
+    assert_summary(bare(X, level, TEXT, visible).image(), 1.964876e-2, 0.3639560, 1197.258)
+    out = GuidedDenoiser(bare, 3.0)(X, level, TEXT).image()
+    assert_summary(out, -7.459379e-3, 2.198971, 14661.11, -3.77497, -3.46442, -3.70453, -3.22013)
+
+
+def test_fill_values_of_denoiser_and_sampler(tiny2):
+    process = EDMProcess(0.9)
+    denoiser = process.denoiser(tiny2)
+    out = denoiser(X, NoiseLevel(torch.ones(2), torch.full((2,), 2.0)), TEXT).image()
+    assert_summary(out, 5.414186e-2, 0.6240144, 4124.312, -1.35944, -1.16636, -1.88165, -1.13282)
+    guided = GuidedDenoiser(denoiser, 2.0)
+    text = guided.prepare(Conditioning(TEXT.text_BSD[:1]))
+    out = heun(guided, X[:1] * 80, process.grid(SamplingConfig(), 3), text)
+    # Five guided calls in float32 add up: the reference itself is as far off
+    numbers = (9.172186e-2, 5.498203, 18495.67, -1.5771, -5.64846, -14.1411, -6.50228)
+    assert_summary(out, *numbers, tolerance=5e-5)
+
+
+@pytest.mark.parametrize(("mask_ratio", "expected"), [(0.0, 1.6968898), (0.75, 1.6570340)])
+def test_fill_values_of_the_loss(tiny2, mask_ratio, expected):
+    g = torch.Generator().manual_seed(0)
+    normal, noise = torch.randn(2, 1, 1, 1, generator=g), torch.randn(X.shape, generator=g)
+    visible = visible_from_noise(torch.rand(2, 256, generator=g), mask_ratio)
+    process = EDMProcess(0.9)
+    level = process.level_from_normal(normal.flatten(), NoiseConfig(mean=-0.6, std=1.2))
+    loss = denoising_loss(process, process.denoiser(tiny2), X, noise, level, TEXT, visible).mean()
+    assert loss.item() == pytest.approx(expected, rel=2e-6)
+
+
+def test_closed_form_values():
+    small, large = sincos_positions(512, (16, 16), 1.0), sincos_positions(1024, (32, 32), 2.0)
+    torch.testing.assert_close(small[17, :3], torch.tensor([0.84147098, 0.8019618, 0.76172041]))
+    torch.testing.assert_close(small[17, 128:130], torch.tensor([0.54030231, 0.59737533]))
+    torch.testing.assert_close(large[35, :3], torch.tensor([0.99749499, 0.99234608, 0.98473729]))
+    torch.testing.assert_close(large[35, 512:515], torch.tensor([0.47942554, 0.46384534, 0.44867843]))
+    assert large.double().abs().sum().item() == pytest.approx(589768.0646, abs=1e-2)
+
+    embedding = TimeEmbedding(TimeEmbedding.features)
+    with torch.no_grad():
+        embedding.mlp[0].weight.copy_(torch.eye(512))
+        embedding.mlp[0].bias.zero_()
+    features = []
+    embedding.mlp[0].register_forward_hook(lambda module, inputs, output: features.append(inputs[0]))
+    embedding(torch.tensor([-1.25]))
+    torch.testing.assert_close(features[0][0, :3], torch.tensor([0.31532237, 0.35692066, 0.39638990]))
+    torch.testing.assert_close(features[0][0, 256:259], torch.tensor([-0.94898462, -0.93413472, -0.91808224]))
+
+    process = EDMProcess(0.9)
+    eighteen = [sigma for _, sigma in process.grid(SamplingConfig(), 18)]
+    assert eighteen == pytest.approx(
+        [80, 57.586, 40.7856, 28.3746, 19.3525, 12.9101, 8.40094, 5.31519, 3.25682, 1.92334, 1.08817]
+        + [0.585348, 0.296442, 0.139516, 0.0599473, 0.0229345, 0.00752802, 0.002, 0],
+        rel=1e-5,
+    )
+    thirty = [sigma for _, sigma in process.grid(SamplingConfig(), 30)]
+    assert thirty[:4] == pytest.approx([80, 66.1014, 54.3261, 44.3966], rel=1e-5)
+    assert thirty[-5:] == pytest.approx([0.0178059, 0.00924233, 0.0044827, 0.002, 0], rel=1e-5)
