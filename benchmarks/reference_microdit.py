@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class ReferenceConfig:
         )
 
 
-def _tupled(value: object) -> object:
+def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -277,12 +277,11 @@ class ReferenceMicroDiT(nn.Module):
         super().__init__()
         self.config = config
         dim, side = config.dim, config.input_size // config.patch_size
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Conv2d(config.in_channels, dim, config.patch_size, stride=config.patch_size)
-        self.t_embedder = nn.Module()
-        self.t_embedder.mlp = nn.Sequential(nn.Linear(512, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
-        self.y_embedder = nn.Module()
-        self.y_embedder.y_proj = Projection(config.caption_channels, config)
+        patches = nn.Conv2d(config.in_channels, dim, config.patch_size, stride=config.patch_size)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
+        time_mlp = nn.Sequential(nn.Linear(512, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.t_embedder = nn.ModuleDict({"mlp": time_mlp})
+        self.y_embedder = nn.ModuleDict({"y_proj": Projection(config.caption_channels, config)})
         self.y_emb_preprocess = CaptionBlock(config)
         self.pooled_y_emb_process = Projection(dim, config)
         self.register_buffer("pos_embed", position_table(dim, side, config.pos_interp_scale))
@@ -321,9 +320,9 @@ class ReferenceMicroDiT(nn.Module):
         mask_ratio: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """Raw output as an image, zero at dropped patches, and the mask (1 = dropped)."""
-        x_BLD = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
-        y_BSD = self.y_emb_preprocess(self.y_embedder.y_proj(captions_BSD))
-        c_BD = self.t_embedder.mlp(time_features(time_B)) + self.pooled_y_emb_process(y_BSD.mean(dim=1))
+        x_BLD = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
+        y_BSD = self.y_emb_preprocess(self.y_embedder["y_proj"](captions_BSD))
+        c_BD = self.t_embedder["mlp"](time_features(time_B)) + self.pooled_y_emb_process(y_BSD.mean(dim=1))
 
         x_BLM = self.patch_mixer_map_xin(x_BLD) if self.has_maps else x_BLD
         y_BSM = self.patch_mixer_map_y(y_BSD) if self.has_maps else y_BSD
@@ -332,6 +331,7 @@ class ReferenceMicroDiT(nn.Module):
 
         mask_BL = restore_BL = None
         if mask_ratio > 0:
+            assert mask_noise_BL is not None
             shuffle_BL = mask_noise_BL.argsort(dim=1)
             restore_BL = shuffle_BL.argsort(dim=1)
             keep = int(shuffle_BL.shape[1] * (1 - mask_ratio))

@@ -8,7 +8,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import typing
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -24,17 +23,6 @@ if os.environ.get("JAXTYPING_DISABLE") != "1":
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-from shoestring import interfaces
-
-# beartype asks "is this a Denoiser?" by isinstance, which a protocol allows only when it says so.
-for _seam in (
-    interfaces.Denoiser,
-    interfaces.ImageCodec,
-    interfaces.TextEncoder,
-    interfaces.FeatureExtractor,
-):
-    typing.runtime_checkable(_seam)
 
 ROOT = Path(__file__).resolve().parent.parent
 

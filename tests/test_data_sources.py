@@ -60,19 +60,9 @@ def numbered_many(captions: list[str]) -> CaptionedImages:
 
 
 def test_the_hash_is_the_same_in_every_process() -> None:
-    code = "from shoestring.data.records import share_of; print(share_of('a red apple', 'held-out'))"
-    printed = {
-        run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": "src"},
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
-    assert printed == {str(share_of("a red apple", "held-out"))} == {"0.13635883907975666"}
+    # Python's own hash() would differ from run to run.
+    assert share_of("a red apple", "held-out") == 0.13635883907975666
+    assert share_of("a red apple", "keep") != share_of("a red apple", "held-out")
 
 
 def test_a_folder_of_one_picture_trains(tmp_path: Path) -> None:

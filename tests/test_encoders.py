@@ -72,7 +72,6 @@ def test_hashing_knows_similar_words_and_the_order_of_words() -> None:
     assert alike("apples", "apple") > alike("truck", "apple") + 0.2
     assert alike("APPLE", "apple") == pytest.approx(1)
     (one, other), _ = encoder(["red circle blue square", "blue circle red square"])
-    assert not torch.allclose(one.sum(dim=0), other.sum(dim=0)) or not torch.allclose(one[0], other[0])
     assert not torch.allclose(one[0], other[2])  # "red", first and third
 
 
@@ -126,7 +125,14 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("clip")
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = ["!", *letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    words = [
+        "!",
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "re",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\nr e\n")
     tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -155,7 +161,7 @@ def test_clip_pads_with_token_zero_and_keeps_all_positions(clip_folder: Path) ->
     text_BSD, mask_BS = encoder(["a b", "", "a b c d e f g h i j k l m n o p"])
     assert encoder.width == 32
     assert mask_BS.sum(dim=1).tolist() == [4, 2, 12]
-    start, end = 53, 54
+    start, end = 54, 55
     ids_BS = torch.tensor([[start, 27, 28, end] + [0] * 8])
     model = CLIPTextModel.from_pretrained(clip_folder).eval()
     with torch.no_grad():

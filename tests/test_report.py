@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from shoestring.runtime import UserError
 from shoestring.studies.charts import Band, Line, line_chart
-from shoestring.studies.report import ReportData, read_log, write_report
+from shoestring.studies.report import ReportData, write_report
 
 VOID = {"meta", "img", "br", "line", "rect", "circle", "polyline"}
 
@@ -194,17 +193,6 @@ def test_bad_input_is_named(tmp_path: Path, data: ReportData) -> None:
         write_report(tmp_path / "file", data)
 
 
-def test_read_log(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    assert read_log(path) == []
-    rows = log_lines(3)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tra')
-    assert read_log(path) == rows
-    path.write_text('{"kind": "train"}\n[1]\n{"kind": "train"}\n')
-    with pytest.raises(UserError, match="line 2, is not a JSON object"):
-        read_log(path)
-
-
 def coordinates(chart: str) -> list[tuple[float, float]]:
     text = re.findall(r'points="([^"]*)"', chart)[0]
     return [(float(x), float(y)) for x, y in (pair.split(",") for pair in text.split())]
@@ -220,10 +208,10 @@ def ticks(chart: str) -> list[tuple[float, float]]:
     ]
 
 
-@given(
-    st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=30),
-    st.booleans(),
-)
+@given(st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=30), st.booleans())
+@example([1.0, 9.0], False)
+@example([0.3, 7e5], False)
+@settings(max_examples=60)
 def test_points_lie_where_the_axis_says(values: list[float], from_zero: bool) -> None:
     chart = line_chart([Line("a", list(enumerate(values)), "red")], [], "x", "y", from_zero)
     marks = ticks(chart)
@@ -241,6 +229,8 @@ def test_chart_details() -> None:
     assert line_chart([Line("a", [(0, float("nan"))], "red")], [Band(0, 1, "b", True)], "x", "y") == ""
     line = Line("loss", [(float(i), 2.0 + i) for i in range(5)], "red")
     chart = line_chart([line], [Band(0, 3, "one", True), Band(3, 3.1, "narrow", False)], "x", "y")
+    assert [y for _, y in coordinates(chart)] == [y for _, y in ticks(chart)]
+    assert coordinates(chart)[2][0] == pytest.approx(sum(x for x, _ in coordinates(chart)) / 5, abs=0.06)
     assert chart.count("<rect") == 1
     assert ">one<" in chart
     assert ">narrow<" not in chart
@@ -253,4 +243,5 @@ def test_chart_details() -> None:
     long = Line("", [(float(i), float(i % 2)) for i in range(4000)], "red")
     thinned = coordinates(line_chart([long], [], "x", "y", from_zero=True))
     assert len(thinned) == 400
-    assert len({y for _, y in thinned}) == 1  # each the mean of five zeros and five ones
+    # Each is the mean of five zeros and five ones, and the axis ends at such a value.
+    assert {y for _, y in thinned} == {ticks(line_chart([long], [], "x", "y", from_zero=True))[-1][1]}

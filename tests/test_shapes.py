@@ -125,7 +125,7 @@ def test_the_oracle_sees_what_is_wrong() -> None:
 def test_pictures_without_a_shape_satisfy_nothing(fill: int | None) -> None:
     rng = np.random.default_rng(1)
     image = rng.integers(0, 256, (3, 32, 32), dtype=np.uint8) if fill is None else np.full((3, 32, 32), fill)
-    for prompt in sum(shapes.single_shape_prompts(), []):
+    for prompt in [*shapes.single_shape_prompts()[0], *shapes.single_shape_prompts()[1]]:
         assert not satisfies(torch.from_numpy(image.astype(np.uint8)), prompt).all
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from shoestring import recipes
 from shoestring.config import RunConfig, apply_overrides, to_yaml
-from shoestring.runtime import UserError, pick_device
+from shoestring.runtime import UserError, keep_freed_memory, pick_device
 
 INTERRUPTED = 130
 FAILED = 1
@@ -56,7 +56,9 @@ def train(recipe: Recipe, overrides: Overrides = None, out: Out = None) -> None:
     if not run(config, folder, console):
         raise typer.Exit(INTERRUPTED)
     console.print(
-        f'Done: {folder}. Draw with: shoestring sample {folder} --prompt "..."', highlight=False, soft_wrap=True
+        f'Done: {folder}. Draw with: shoestring sample {folder} --prompt "..."',
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -65,7 +67,9 @@ def demo(
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option(help="demo, demo-shapes or another recipe")] = "demo",
     out: Out = None,
-    quick: Annotated[bool, typer.Option("--quick", help="seconds instead of minutes: a check, not a model")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="seconds instead of minutes: a check, not a model")
+    ] = False,
 ) -> None:
     """Train from nothing, draw, measure, and write report.html."""
     from shoestring.studies.demo import quick as shortened
@@ -85,16 +89,22 @@ def sample(
         list[str] | None,
         typer.Argument(metavar="[sampling.KEY=VALUE]...", help="any other sampling setting"),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="what to draw; may be repeated")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="what to draw; may be repeated")
+    ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="text file, one prompt a line")] = None,
     num: Annotated[int, typer.Option(help="pictures per prompt", min=1)] = 1,
     steps: Annotated[int | None, typer.Option(help="noise levels [default: as configured]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="0 ignores the prompt, 1 is plain, more follows it more")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="0 ignores the prompt, 1 is plain, more follows it more")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="heun or euler")] = None,
     negative: Annotated[str | None, typer.Option(help="what to move away from")] = None,
     image: Annotated[Path | None, typer.Option(help="picture to begin with")] = None,
     strength: Annotated[float, typer.Option(help="with --image: 0 keeps it, 1 forgets it")] = 0.6,
-    seed: Annotated[int | None, typer.Option(help="same seed, same pictures [default: a new one]", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="same seed, same pictures [default: a new one]", min=0)
+    ] = None,
     batch: Annotated[int, typer.Option(help="pictures at once", min=1)] = 64,
     gif: Annotated[bool, typer.Option("--gif", help="also save the denoising as animation")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
@@ -153,6 +163,7 @@ def show_recipe(recipe: Recipe, overrides: Overrides = None) -> None:
 
 def main() -> None:
     """Entry point of the command ``shoestring``."""
+    keep_freed_memory()
     try:
         app()
     except UserError as error:

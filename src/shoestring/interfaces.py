@@ -85,6 +85,11 @@ class Conditioning:
             mask_BS = torch.where(dropped_B[:, None], null.text_mask_BS, mask_BS)
         return Conditioning(text_BSD, mask_BS)
 
+    def part(self, rows: slice) -> Conditioning:
+        """Some of the samples; a network's cache is not carried over."""
+        mask_BS = self.text_mask_BS
+        return Conditioning(self.text_BSD[rows], None if mask_BS is None else mask_BS[rows])
+
     def cat(self, other: Conditioning) -> Conditioning:
         """Stack two batches with captions of the same length."""
         mask_BS = self.text_mask_BS
@@ -135,6 +140,7 @@ class Network(Protocol):
         ...
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """(noisy latents, noise level, conditioning, visible patches) -> estimate of the clean latents."""
 
@@ -153,6 +159,7 @@ class Denoiser(Protocol):
         ...
 
 
+@runtime_checkable
 class ImageCodec(Protocol):
     """Pixels to stored moments, moments to model latents, latents to pixels."""
 
@@ -177,6 +184,7 @@ class ImageCodec(Protocol):
         ...
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """List of strings to embeddings ``B S D`` and a boolean mask ``B S`` (true = real token)."""
 
@@ -184,13 +192,12 @@ class TextEncoder(Protocol):
     width: int
     max_tokens: int
 
-    def __call__(
-        self, texts: Sequence[str]
-    ) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
+    def __call__(self, texts: Sequence[str]) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
         """Encode; every row is padded with zeros to ``max_tokens``, longer texts are cut."""
         ...
 
 
+@runtime_checkable
 class FeatureExtractor(Protocol):
     """Pixels to features, for metrics."""
 

@@ -47,7 +47,9 @@ def model_flops(
     patch_values = model.in_channels * model.patch_size**2
 
     inputs = tokens * patch_values * d + s * model.caption_dim * d + TimeEmbedding.features * d
-    caption = s * d * d + 4 * s * d * d + 2 * s * s * d + 3 * s * d * swiglu_width(d, 4.0, model.ffn_multiple_of)
+    caption = (
+        s * d * d + 4 * s * d * d + 2 * s * s * d + 3 * s * d * swiglu_width(d, 4.0, model.ffn_multiple_of)
+    )
     macs = caption + 3 * d * d + visible * d * patch_values + 2 * d * d
 
     qkv, ffn = model.per_block("qkv_multipliers"), model.per_block("ffn_multipliers")

@@ -1,15 +1,21 @@
-"""Random streams, devices and clean endings: what every layer may need and none owns."""
+"""Random streams, devices, threads, whole files: what every layer may need and none owns."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from threading import Barrier
+from typing import IO, Any, TypeVar
 
 import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -98,3 +104,81 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text atomically as UTF-8; see :func:`atomic_write`."""
     atomic_write(path, lambda file: file.write(text.encode()))
+
+
+class Workers:
+    """A thread per core on a CPU; on other devices, or with one worker, the calling thread.
+
+    Splitting each operation over the cores (OpenMP) costs a wake-up each time: with
+    ``OMP_WAIT_POLICY=PASSIVE`` that halves the speed of small models, and without it a second busy process
+    slows every step many times over. A thread per core, each with its own part of the batch and
+    single-threaded operations, has neither problem (figures in EXPERIMENTS.md). PyTorch releases the
+    interpreter lock inside operations and during the backward pass.
+
+    Args:
+        count: threads.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool: ThreadPoolExecutor | None = None
+        if count > 1:
+            threads = torch.get_num_threads()
+            # All threads are started now: OpenMP's number of threads belongs to the calling thread, but
+            # that of MKL to the process, so the main thread's is set again afterwards.
+            barrier = Barrier(count)
+            self._pool = ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1))
+            list(self._pool.map(lambda _: barrier.wait(), range(count)))
+            torch.set_num_threads(threads)
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """The function of every item, in the order of the items.
+
+        Args:
+            function: must not change what others read.
+            items: pieces of work.
+
+        Returns:
+            Results in order.
+        """
+        if self._pool is None:
+            return [function(item) for item in items]
+        grad = torch.is_grad_enabled()  # a thread's own setting, which would otherwise be the default
+
+        def call(item: Item) -> Result:
+            with torch.set_grad_enabled(grad):
+                return function(item)
+
+        return list(self._pool.map(call, items))
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def default_workers(device: torch.device) -> int:
+    """As many workers as torch would use threads on a CPU, else one."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next step instead of giving it back to the system.
+
+    A training step frees and asks for the same large tensors again and again; giving them back costs a
+    page fault for every 4 kB, about a tenth of the demo's step. Without glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except OSError:
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    mallopt(mmap_threshold, 32 * 2**20)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 * 2**20)

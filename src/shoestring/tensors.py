@@ -87,9 +87,7 @@ def unpatchify(
     return patches.permute(0, 5, 1, 3, 2, 4).reshape(b, c, rows * p, columns * p)
 
 
-def gather_tokens(
-    tokens_BLD: Float[Tensor, "B L D"], index_BK: Int[Tensor, "B K"]
-) -> Float[Tensor, "B K D"]:
+def gather_tokens(tokens_BLD: Float[Tensor, "B L D"], index_BK: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
     """Take the tokens at ``index_BK`` of every sample, in that order."""
     return tokens_BLD.gather(1, index_BK[:, :, None].expand(-1, -1, tokens_BLD.shape[2]))
 
@@ -103,9 +101,7 @@ def scatter_tokens(
     return full_BLD.scatter(1, index_BK[:, :, None].expand(-1, -1, d), tokens_BKD)
 
 
-def visible_from_noise(
-    noise_BL: Float[Tensor, "B L"], mask_ratio: float
-) -> Int[Tensor, "B K"] | None:
+def visible_from_noise(noise_BL: Float[Tensor, "B L"], mask_ratio: float) -> Int[Tensor, "B K"] | None:
     """Indices of the patches that stay visible under random masking.
 
     Args:

@@ -218,9 +218,9 @@ def _compare(golden: Golden, name: str, compute: Callable[[], Tensor], tolerance
     if got.shape != expected.shape:
         _row(f"out.{name}", "-", "-", f"FAILED: shape {list(got.shape)}, expected {list(expected.shape)}")
         return False
-    error, limit = tolerance.error(got, expected), tolerance.on(golden.device)
-    _row(f"out.{name}", f"{error:.2e}", f"{limit:.0e}", "ok" if error <= limit else "FAILED")
-    return error <= limit
+    largest, limit = tolerance.error(got, expected), tolerance.on(golden.device)
+    _row(f"out.{name}", f"{largest:.2e}", f"{limit:.0e}", "ok" if largest <= limit else "FAILED")
+    return largest <= limit
 
 
 def check(path: Path, device: torch.device) -> bool:

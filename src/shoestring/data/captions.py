@@ -98,7 +98,8 @@ def _csv(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                 )
             yield reader.line_num, record
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num} is not CSV: {error}") from error
+        # line_num is that of the last good record; a quote left open has by now eaten all that follows.
+        raise UserError(f"{path}: line {reader.line_num + 1} is not CSV: {error}") from error
 
 
 def _parquet(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -8,6 +8,7 @@ import posixpath
 import re
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,7 +21,7 @@ from shoestring.data.records import CaptionedImages, Rejection
 from shoestring.runtime import UserError
 
 # Readers of Pillow that are safe on a stranger's file (EPS, for one, would start a program).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 CAPTION_STEMS = ("metadata", "captions")
 MIN_SIDE = 8
@@ -68,7 +69,7 @@ def load(folder: Path, resolution: int) -> CaptionedImages:
     captions: list[str] = []
     for item in items:
         try:
-            images[len(captions)] = read_image(item.path, resolution).transpose(2, 0, 1)
+            images[len(captions)] = _read(item.path, resolution)
             captions.append(item.caption)
         except _Rejected as reason:
             rejected.append(Rejection(item.name, str(reason)))
@@ -150,8 +151,15 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that this build of Pillow can read."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def read_image(path: Path, resolution: int) -> NDArray[np.uint8]:
-    """Read one picture as a square on white.
+    """Read one picture as a square on white: the middle, at the given resolution.
 
     Orientation marks of cameras are obeyed, 16-bit greys are scaled to 8, CMYK becomes RGB, of an
     animation the first frame counts. Large JPEGs are decoded at reduced size.
@@ -161,14 +169,24 @@ def read_image(path: Path, resolution: int) -> NDArray[np.uint8]:
         resolution: side of the result.
 
     Returns:
-        ``(resolution, resolution, 3)``.
+        ``(3, resolution, resolution)``.
+
+    Raises:
+        UserError: if the file is not a usable picture.
     """
+    try:
+        return _read(path, resolution)
+    except _Rejected as reason:
+        raise UserError(f"{path}: {reason}") from reason
+
+
+def _read(path: Path, resolution: int) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             # Between one and two times Pillow's limit it warns (a large photo), above it raises.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # broken EXIF and the like
-            with Image.open(path, formats=FORMATS) as file:
+            with Image.open(path, formats=_formats()) as file:
                 width, height = file.size
                 if min(width, height) < MIN_SIDE:
                     raise _Rejected(f"{width} x {height} pixels; each side must have at least {MIN_SIDE}")
@@ -194,7 +212,7 @@ def read_image(path: Path, resolution: int) -> NDArray[np.uint8]:
         box=(left, top, left + side, top + side),
         reducing_gap=3.0,
     )
-    return np.asarray(square)
+    return np.array(np.asarray(square).transpose(2, 0, 1))
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

@@ -18,9 +18,11 @@ from shoestring.tensors import UInt8
 
 # The smallest shape of the data covers 3 % of a picture; less than a third of that is a speck.
 _MIN_AREA = 0.01
+# No shape of the data is wider than half a picture; a picture filled with colour is not a square.
+_MAX_SIZE = 0.8
 # A region matches no shape below this overlap with the best of them (soft intersection over union).
 _MIN_OVERLAP = 0.68
-# Half of the smallest distance in RGB between two colours of the palette is 65.
+# In RGB, from the nearest colour of the palette; any two of them are at least 130 apart.
 _MAX_COLOUR_DISTANCE = 80.0
 # Places count when they are off the middle line, or off each other, by this share of the side.
 _MARGIN = 0.06
@@ -116,7 +118,7 @@ def _match(alpha: NDArray[np.float64], colour: str | None, side: int) -> Seen:
         centre_x, centre_y = x - unit_x * size, y - unit_y * size
         template = coverage(shape, centre_x, centre_y, size, side)
         overlap = np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum()
-        if overlap > max(best, _MIN_OVERLAP):
+        if size <= _MAX_SIZE * side and overlap > max(best, _MIN_OVERLAP):
             best, found = overlap, Seen(shape, colour, centre_x / side, centre_y / side, size / side)
     return found
 

@@ -183,7 +183,8 @@ class NetworkDenoiser:
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         low = self.precision != torch.float32
-        return torch.autocast(device.type, self.precision if low else None, enabled=low)
+        # Every weight is used once in a pass: a cache of casts would only hold memory.
+        return torch.autocast(device.type, self.precision, enabled=low, cache_enabled=False)
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """See :meth:`shoestring.interfaces.Network.prepare`."""

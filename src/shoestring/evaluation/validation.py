@@ -37,15 +37,13 @@ def validation_loss(
     noise = torch.stack(
         [torch.randn(x0.shape[1:], generator=stream(0, "validation", i)) for i in range(len(x0))]
     ).to(x0.device)
-    mask_BS = conditioning.text_mask_BS
     losses: dict[float, float] = {}
     for ratio in process.validation_sigmas():
         total = 0.0
         for i in range(0, len(x0), batch):
             part = slice(i, i + batch)
-            text = Conditioning(conditioning.text_BSD[part], None if mask_BS is None else mask_BS[part])
             level = process.level_at(torch.full((len(x0[part]),), ratio, device=x0.device))
-            loss_B = denoising_loss(process, denoiser, x0[part], noise[part], level, text)
+            loss_B = denoising_loss(process, denoiser, x0[part], noise[part], level, conditioning.part(part))
             total += loss_B.double().sum().item()
         losses[ratio] = total / len(x0)
     return losses

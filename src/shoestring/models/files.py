@@ -88,7 +88,9 @@ def load_model(path: Path) -> tuple[RunConfig, MicroDiT, ModelFacts]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file ({error}); take another checkpoint") from error
+        raise UserError(
+            f"{path} is damaged or not a safetensors file ({error}); take another checkpoint"
+        ) from error
     if header.get("format") != FORMAT:
         raise UserError(
             f"{path} is not a model of shoestring (its header has format {header.get('format')!r}, not {FORMAT!r})"

@@ -145,9 +145,7 @@ class MicroDiT(nn.Module):
         self.t_embedder = TimeEmbedding(dim)
         self.y_embedder = CaptionEmbedder(config)
         hidden = swiglu_width(dim, 4.0, config.ffn_multiple_of)
-        self.y_emb_preprocess = CaptionBlock(
-            dim, config.head_dim, hidden, config.bias, eps, config.attention
-        )
+        self.y_emb_preprocess = CaptionBlock(dim, config.head_dim, hidden, config.bias, eps, config.attention)
         self.pooled_y_emb_process = CaptionMLP(dim, dim, eps)
         self.blocks = nn.ModuleList(self._backbone())
         self.patch_mixer = nn.ModuleList(self._mixer())

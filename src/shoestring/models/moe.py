@@ -5,11 +5,21 @@ Source: Zhou et al., arXiv 2202.09368; MicroDiT, arXiv 2407.15811, section 3.2.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoestring.tensors import Float
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Full precision inside; the meta device, on which recipes are counted, knows no autocast at all."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 class ExpertChoice(nn.Module):
@@ -37,7 +47,7 @@ class ExpertChoice(nn.Module):
         b, t, d = x_BTD.shape
         e = self.w1.shape[0]
         r = self.tokens_per_expert(t)
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        with _no_autocast(x_BTD.device.type):
             # Never below fp32: in bf16 0.2-0.3 % of the choices flip. fp64 stays fp64 (tests).
             dtype = torch.promote_types(x_BTD.dtype, torch.float32)
             logits_BTE = F.linear(x_BTD.to(dtype), self.gate.weight.to(dtype))

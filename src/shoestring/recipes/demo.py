@@ -17,7 +17,6 @@ from shoestring.config.schema import (
     StageConfig,
 )
 
-
 MINILM_WIDTH, HASHING_WIDTH = 384, 256
 
 

@@ -56,7 +56,9 @@ class SampleJob:
                 raise UserError(f"--prompts-file {self.prompts_file} cannot be read: {error}") from error
             prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:
-            raise UserError('no prompt: give --prompt "..." or --prompts-file FILE (--prompt "" draws freely)')
+            raise UserError(
+                'no prompt: give --prompt "..." or --prompts-file FILE (--prompt "" draws freely)'
+            )
         return [prompt for prompt in prompts for _ in range(self.num)]
 
 
@@ -102,7 +104,11 @@ def run_sample(
             (lambda _, x, steps=steps: steps.append(x)) if job.gif else None,
         )
         for i, picture in zip(part, pictures, strict=True):
-            save_png(job.out / f"{i:05d}.png", to_pil(picture), _parameters(job, prompts[i], seed, i, pipeline, sampling))
+            save_png(
+                job.out / f"{i:05d}.png",
+                to_pil(picture),
+                _parameters(job, prompts[i], seed, i, pipeline, sampling),
+            )
         done.append(pictures)
         frames.append([*steps, pictures])
     zoom = max(1, 128 // pipeline.resolution)

@@ -19,15 +19,13 @@ from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import Conditioning, Denoiser, ImageCodec, TextEncoder
 from shoestring.models.files import load_model
-from shoestring.runtime import PRECISIONS, UserError, stream
+from shoestring.runtime import PRECISIONS, UserError, Workers, default_workers, stream
 from shoestring.sampling.guidance import GuidedDenoiser
 from shoestring.sampling.solvers import SOLVERS, OnStep
 from shoestring.tensors import Float, UInt8
 
 
-def initial_noise(
-    seed: int, images: Sequence[int], shape: tuple[int, int, int]
-) -> Float[Tensor, "B C H W"]:
+def initial_noise(seed: int, images: Sequence[int], shape: tuple[int, int, int]) -> Float[Tensor, "B C H W"]:
     """Standard normal noise; that of one picture depends on (seed, its number) and not on the batch."""
     return torch.stack([torch.randn(shape, generator=stream(seed, "sample", i)) for i in images])
 
@@ -88,6 +86,7 @@ class Pipeline:
     device: torch.device
     resolution: int
     nimg: int
+    workers: Workers
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Caption embeddings on the pipeline's device."""
@@ -133,18 +132,31 @@ class Pipeline:
             moments = self.codec.encode(start).to(self.device)
             begin = self.codec.latents(moments, torch.zeros_like(noise[:1])).expand_as(noise)
         watch = None if on_step is None else lambda i, x0: on_step(i, self.codec.decode(x0).cpu())
-        latents = sample_latents(
-            self.denoiser, self.process, conditioning, noise, sampling, against, begin, strength, watch
-        )
-        return self.codec.decode(latents).cpu()
+        # Whoever watches gets whole steps of the whole batch, so that is one piece of work.
+        pieces = self.workers.count if on_step is None else 1
+
+        def run(piece: range) -> Tensor:
+            rows = slice(piece.start, piece.stop)
+            return sample_latents(
+                self.denoiser,
+                self.process,
+                conditioning.part(rows),
+                noise[rows],
+                sampling,
+                None if against is None else against.part(rows),
+                None if begin is None else begin[rows],
+                strength,
+                watch,
+            )
+
+        parts = list(batches(len(prompts), math.ceil(len(prompts) / pieces)))
+        return self.codec.decode(torch.cat(self.workers.map(run, parts))).cpu()
 
     def _captions(self, prompts: list[str], negative: str | None) -> tuple[Conditioning, Conditioning | None]:
         """Captions and negatives padded to one length."""
         both = self.encode(prompts + ([] if negative is None else [negative] * len(prompts)))
-        n, mask_BS = len(prompts), both.text_mask_BS
-        masks = (None, None) if mask_BS is None else (mask_BS[:n], mask_BS[n:])
-        captions = Conditioning(both.text_BSD[:n], masks[0])
-        return captions, None if negative is None else Conditioning(both.text_BSD[n:], masks[1])
+        n = len(prompts)
+        return both.part(slice(n)), None if negative is None else both.part(slice(n, None))
 
 
 def find_model(path: Path) -> Path:
@@ -164,7 +176,9 @@ def find_model(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a run folder, a checkpoint folder or a .safetensors file")
+        raise UserError(
+            f"{path} does not exist; give a run folder, a checkpoint folder or a .safetensors file"
+        )
     checkpoints = sorted(p for p in path.glob("checkpoints/*") if p.name.isdigit())
     for folder in [path, *reversed(checkpoints)]:
         for name in ("ema.safetensors", "weights.safetensors"):
@@ -191,7 +205,8 @@ def load_pipeline(path: Path, device: torch.device, precision: str | None = None
     process = build_process(config.process, facts.sigma_data)
     denoiser = process.denoiser(network.to(device), PRECISIONS[precision or config.precision])
     codec, encoder = build_codec(config.data), build_text_encoder(config.data)
-    return Pipeline(config, denoiser, process, codec, encoder, device, facts.resolution, facts.nimg)
+    workers = Workers(default_workers(device))
+    return Pipeline(config, denoiser, process, codec, encoder, device, facts.resolution, facts.nimg, workers)
 
 
 def batches(count: int, size: int) -> Iterator[range]:
@@ -245,5 +260,3 @@ def picture_grid(pictures: UInt8[Tensor, "B 3 H W"], columns: int, zoom: int = 1
         tile = to_pil(pictures[i]).resize((w * zoom, h * zoom), Image.Resampling.NEAREST)
         sheet.paste(tile, (gap + i % columns * (w * zoom + gap), gap + i // columns * (h * zoom + gap)))
     return sheet
-
-

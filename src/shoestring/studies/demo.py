@@ -266,8 +266,7 @@ def run_demo(config: RunConfig, folder: Path, console: Console) -> bool:
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     report = write_report(folder, _report_data(config, folder, pipeline, splits, shown, len(seen), metrics))
     console.print(
-        f"Report: {report}. A picture of your own words: "
-        f'shoestring sample {folder} --prompt "{captions[0]}"',
+        f'Report: {report}. A picture of your own words: shoestring sample {folder} --prompt "{captions[0]}"',
         highlight=False,
         soft_wrap=True,
     )
@@ -287,7 +286,9 @@ def _report_data(
     history = [(int(frame.stem), Image.open(frame).convert("RGB")) for frame in frames]
     with Image.open(frames[-1]) as last:
         history_captions = json.loads(last.info["shoestring"])["prompts"]
-    pictures = [(p, to_pil(x), i < seen) for i, (p, x) in enumerate(zip(shown.prompts, shown.pictures, strict=True))]
+    pictures = [
+        (p, to_pil(x), i < seen) for i, (p, x) in enumerate(zip(shown.prompts, shown.pictures, strict=True))
+    ]
     return ReportData(
         title=f"shoestring: {config.name}",
         summary=(
@@ -349,4 +350,6 @@ def recompute_retrieval(run: Path, samples: Path) -> dict[str, float]:
     """
     config = load_yaml(run / "config.yaml")
     trained = load(config.data, config.stages[-1].resolution).train
-    return retrieval_of_folder(samples, trained.images, trained.captions, EfficientNetLite0Features()).metrics()
+    return retrieval_of_folder(
+        samples, trained.images, trained.captions, EfficientNetLite0Features()
+    ).metrics()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from shoestring.runtime import UserError, write_text
+from shoestring.runtime import write_text
 from shoestring.studies.charts import Band, Line, line_chart
 from shoestring.studies.page import (
     HERE,
@@ -75,7 +74,7 @@ class ReportData:
     """Shell command that trains on one's own pictures."""
     config_yaml: str
     log: Sequence[Row] = ()
-    """Lines of ``log.jsonl``; see :func:`read_log`."""
+    """Lines of the run's ``log.jsonl``; other kinds than ``train`` and ``validation`` are passed over."""
     metrics: Metrics = field(default_factory=dict)
     history: Sequence[tuple[int, Picture]] = ()
     """Sample grids over training: images seen, grid of the same prompts."""
@@ -85,39 +84,6 @@ class ReportData:
     """Facts of provenance in the order shown: date, machine, threads, torch, seed, commit."""
     credit: str = ""
     """Credit and licence of the data; addresses become links."""
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's ``log.jsonl``.
-
-    A last line that was cut off (the run was killed while it wrote) is dropped.
-
-    Args:
-        path: the file; an absent one is an empty log.
-
-    Returns:
-        One dictionary a line.
-
-    Raises:
-        UserError: if another line is not a JSON object.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise UserError(
-                f"{path}, line {number}, is not a JSON object ({error}); remove the line"
-            ) from error
-        rows.append(row)
-    return rows
 
 
 def write_report(run_dir: Path, data: ReportData) -> Path:
@@ -162,7 +128,7 @@ def _headline(data: ReportData, train: Sequence[Row]) -> str:
         cost = train[-1]["cost_usd"] if cost is None else cost
     sentence = [escape(data.summary)]
     if train_s is not None:
-        sentence.append(f"It was trained from nothing, on this machine, in {duration(train_s)}.")
+        sentence.append(f"Training from random weights took {duration(train_s)} on this machine.")
     if total_s is not None:
         sentence.append(f"The whole run, from data to this page, took {duration(total_s)}.")
     if cost:

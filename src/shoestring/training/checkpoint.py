@@ -67,9 +67,7 @@ def save_checkpoint(
         buffers = dict(learner.model.named_buffers())
         for name, tensors in ((WEIGHTS, trained), (AVERAGE, learner.ema.state_dict())):
             kind = "trained" if name == WEIGHTS else "ema"
-            save_model(
-                temporary / name, tensors | buffers, config, ModelFacts(counters.nimg, kind, **facts)
-            )
+            save_model(temporary / name, tensors | buffers, config, ModelFacts(counters.nimg, kind, **facts))
         state = {"counters": asdict(counters), "optimizers": learner.optimizers.state_dict()}
         torch.save(state, temporary / STATE)
         for file in temporary.iterdir():

@@ -42,7 +42,9 @@ class LiveLine:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self.live = (
+            Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        )
         self._printed_s = 0.0
 
     def __enter__(self) -> LiveLine:

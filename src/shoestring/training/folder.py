@@ -30,7 +30,9 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
     except OSError as error:
-        raise UserError(f"cannot use {folder} as run folder: {error.strerror}; choose another with --out") from error
+        raise UserError(
+            f"cannot use {folder} as run folder: {error.strerror}; choose another with --out"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -26,7 +26,15 @@ from shoestring.evaluation.validation import validation_loss
 from shoestring.interfaces import Conditioning, ImageCodec, TextEncoder
 from shoestring.models.files import build_network
 from shoestring.planning import measured_peak_flops, model_flops
-from shoestring.runtime import PRECISIONS, UserError, pick_device, stream, write_text
+from shoestring.runtime import (
+    PRECISIONS,
+    UserError,
+    Workers,
+    default_workers,
+    pick_device,
+    stream,
+    write_text,
+)
 from shoestring.sampling.generate import Pipeline, picture_grid, save_png
 from shoestring.training.checkpoint import Counters, checkpoint_folders, load_checkpoint, save_checkpoint
 from shoestring.training.display import LiveLine, RunLog, status_line
@@ -86,8 +94,19 @@ class Run:
                 block.compile(dynamic=False)
         process = build_process(config.process, self.sigma_data)
         denoiser = process.denoiser(network, PRECISIONS[config.precision])
+        # Part of what determines the bits of a run, so it is kept with it.
+        workers = remember(
+            folder / "machine.json",
+            f"workers_{self.device.type}",
+            lambda: 1 if config.compile else default_workers(self.device),
+        )
         self.learner = Learner(
-            network, process, denoiser, Optimizers(network, config.optimizer), EMA(network)
+            network,
+            process,
+            denoiser,
+            Optimizers(network, config.optimizer),
+            EMA(network),
+            Workers(workers),
         )
         self.peak_flops = self._peak_flops()
         self.stopped = False
@@ -163,9 +182,12 @@ class Run:
                     self._every_so_often(here)
             if self.stopped:
                 self._save()
-                self.console.print(f"Stopped at image {self.counters.nimg:,}; the same command goes on from there.")
+                self.console.print(
+                    f"Stopped at image {self.counters.nimg:,}; the same command goes on from there."
+                )
         finally:
             self.log.close()
+            self.learner.workers.close()
         return not self.stopped
 
     def _resume(self) -> None:
@@ -210,9 +232,7 @@ class Run:
         stage, done = here.stage, here.done_nimg
         lr, ratio = learning_rate(stage, done), mask_ratio(stage, done)
         try:
-            loss, norm = train_step(
-                self.learner, self._batch(here), stage, lr, ratio, ema_decay(stage, done)
-            )
+            loss, norm = train_step(self.learner, self._batch(here), stage, lr, ratio, ema_decay(stage, done))
         except NonFiniteLoss as error:
             kept = checkpoint_folders(self.folder)
             raise TrainingFailed(
@@ -233,7 +253,11 @@ class Run:
     def _row(self, here: Position, lr: float, ratio: float, norm: float) -> dict[str, Any]:
         shape, model = self.data.latent_shape, self.config.model
         grid = (shape[1] // model.patch_size, shape[2] // model.patch_size)
-        tokens = int(self.data.train.text_mask_US.sum(1).max()) if model.mask_captions else self.config.data.max_tokens
+        tokens = (
+            int(self.data.train.text_mask_US.sum(1).max())
+            if model.mask_captions
+            else self.config.data.max_tokens
+        )
         flops = model_flops(model, grid, tokens, ratio).training * self._rate.images_per_s
         self.counters.elapsed_s = self._rate.elapsed_s
         return {
@@ -318,6 +342,7 @@ class Run:
             self.device,
             self.data.resolution,
             nimg,
+            self.learner.workers,
         )
 
     def _sample(self) -> None:

@@ -90,6 +90,11 @@ class Optimizers:
         """Update all parameters and drop the gradients."""
         for optimizer in self.optimizers:
             optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from shoestring.config.schema import NoiseConfig, StageConfig
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import Process
 from shoestring.interfaces import Conditioning, Denoiser
-from shoestring.runtime import stream_seed
+from shoestring.runtime import Workers, stream_seed
 from shoestring.tensors import visible_from_noise
 from shoestring.training.ema import EMA
 from shoestring.training.optim import Optimizers
@@ -29,7 +30,9 @@ class Draws:
     drop_B: Tensor
 
     @staticmethod
-    def make(seed: int, purpose: str, first: int, count: int, shape: tuple[int, int, int], length: int) -> Draws:
+    def make(
+        seed: int, purpose: str, first: int, count: int, shape: tuple[int, int, int], length: int
+    ) -> Draws:
         """Draw for the samples ``first`` to ``first + count`` of the stream ``purpose``.
 
         Args:
@@ -70,10 +73,9 @@ class TrainingBatch:
         """Micro-batches in order."""
         for i in range(0, len(self.x0), size):
             part = slice(i, i + size)
-            mask_BS = self.conditioning.text_mask_BS
             yield TrainingBatch(
                 self.x0[part],
-                Conditioning(self.conditioning.text_BSD[part], None if mask_BS is None else mask_BS[part]),
+                self.conditioning.part(part),
                 self.noise[part],
                 self.level_B[part],
                 self.mask_BL[part],
@@ -100,10 +102,33 @@ class Learner:
     denoiser: Denoiser
     optimizers: Optimizers
     ema: EMA
+    workers: Workers
 
 
 class NonFiniteLoss(ArithmeticError):
     """The loss or the gradient is NaN or infinite; the weights were not touched."""
+
+
+def _accumulate(learner: Learner, batch: TrainingBatch, stage: StageConfig, mask_ratio: float) -> Tensor:
+    """Put the gradient of the batch into the parameters; returns its mean loss."""
+    parameters = list(learner.model.parameters())
+    total = torch.zeros((), device=batch.x0.device)
+
+    def gradient(part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = batch_loss(learner.process, learner.denoiser, part, stage.noise, mask_ratio)
+        loss = loss * (len(part.x0) / len(batch.x0))
+        return loss.detach(), torch.autograd.grad(loss, parameters)
+
+    for micro in batch.split(stage.micro_batch or len(batch.x0)):
+        parts = list(micro.split(math.ceil(len(micro.x0) / learner.workers.count)))
+        for loss, gradients in learner.workers.map(gradient, parts):  # summed in this order, always
+            total += loss
+            if parameters[0].grad is None:
+                for parameter, value in zip(parameters, gradients, strict=True):
+                    parameter.grad = value
+            else:
+                torch._foreach_add_([p.grad for p in parameters], list(gradients))
+    return total
 
 
 def train_step(
@@ -125,17 +150,13 @@ def train_step(
     Raises:
         NonFiniteLoss: before anything is updated.
     """
-    size = stage.micro_batch or len(batch.x0)
-    loss_sum = torch.zeros((), device=batch.x0.device)
-    for part in batch.split(size):
-        loss = batch_loss(learner.process, learner.denoiser, part, stage.noise, mask_ratio)
-        (loss * (len(part.x0) / len(batch.x0))).backward()
-        loss_sum += loss.detach() * (len(part.x0) / len(batch.x0))
+    loss = _accumulate(learner, batch, stage, mask_ratio)
     limit = float("inf") if stage.clip_norm is None else stage.clip_norm
     norm = nn.utils.clip_grad_norm_(learner.model.parameters(), limit)
-    if not (loss_sum + norm).isfinite():
-        raise NonFiniteLoss(f"loss {loss_sum.item()}, gradient norm {norm.item()}")
+    if not (loss + norm).isfinite():
+        learner.optimizers.zero_grad()
+        raise NonFiniteLoss(f"the loss is {loss.item()}, the gradient norm {norm.item()}")
     learner.optimizers.set_lr(lr)
     learner.optimizers.step()
     learner.ema.update(ema_decay)
-    return loss_sum.item(), norm.item()
+    return loss.item(), norm.item()

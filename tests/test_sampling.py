@@ -1,0 +1,176 @@
+"""Solvers on a Gaussian, whose flow is known; guidance; independence of the batch."""
+
+import pytest
+import torch
+
+from shoestring.config import ModelConfig, SamplingConfig
+from shoestring.diffusion.process import EDMProcess, FlowProcess
+from shoestring.interfaces import Conditioning, Denoised, NoiseLevel
+from shoestring.models.microdit import MicroDiT
+from shoestring.runtime import stream
+from shoestring.sampling.generate import initial_noise, sample_latents
+from shoestring.sampling.guidance import GuidedDenoiser
+from shoestring.sampling.solvers import SOLVERS, euler, heun
+from shoestring.tensors import patchify
+
+MEAN, STD = 0.3, 0.8
+
+
+class Gaussian:
+    """The exact denoiser of x0 ~ N(MEAN, STD^2): E[x0 | xt] for any alpha and sigma."""
+
+    calls = 0
+
+    def prepare(self, conditioning):
+        return conditioning
+
+    def __call__(self, xt, level, conditioning, visible_BK=None):
+        self.calls += 1
+        alpha, sigma = level.images()
+        gain = alpha * STD**2 / ((alpha * STD) ** 2 + sigma**2)
+        x0 = MEAN + gain * (xt - alpha * MEAN)
+        return Denoised(patchify(x0, 1), None, tuple(xt.shape[2:]), 1)
+
+
+def exact(x, level):
+    """Where the ODE ends: every quantile of N(alpha MEAN, alpha^2 STD^2 + sigma^2) goes to that of x0."""
+    alpha, sigma = level
+    spread = ((alpha * STD) ** 2 + sigma**2) ** 0.5
+    return MEAN + STD * (x - alpha * MEAN) / spread
+
+
+NONE = Conditioning(torch.zeros(2, 1, 1))
+CASES = [
+    (EDMProcess(0.8), SamplingConfig(sigma_max=20, sigma_min=0.01)),
+    (FlowProcess(1.0), SamplingConfig()),
+]
+
+
+@pytest.mark.parametrize(("process", "config"), CASES)
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
+def test_error_falls_with_the_order_of_the_solver(process, config, name, order):
+    noise = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for steps in (40, 80):
+        grid = process.grid(config, steps)
+        x = grid[0][1] * noise
+        errors.append((SOLVERS[name](Gaussian(), x, grid, NONE) - exact(x, grid[0])).abs().max().item())
+    assert errors[1] < 0.1  # of a standard deviation of 0.8: the solution, not something like it
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.25)
+
+
+@pytest.mark.parametrize(("process", "config"), CASES)
+@pytest.mark.parametrize("solver", [euler, heun])
+def test_one_step_is_the_first_estimate(process, config, solver):
+    grid = process.grid(config, 1)
+    x = grid[0][1] * torch.randn(2, 1, 4, 4)
+    level = NoiseLevel(torch.full((2,), grid[0][0]), torch.full((2,), grid[0][1]))
+    assert torch.allclose(solver(Gaussian(), x, grid, NONE), Gaussian()(x, level, NONE).image(), atol=1e-5)
+
+
+def test_heun_calls_the_network_twice_a_step_but_the_last():
+    denoiser = Gaussian()
+    heun(denoiser, torch.randn(2, 1, 2, 2), EDMProcess(0.8).grid(SamplingConfig(), 30), NONE)
+    assert denoiser.calls == 59
+
+
+def network(**changes):
+    config = ModelConfig(
+        in_channels=3,
+        caption_dim=8,
+        dim=32,
+        depth=3,
+        head_dim=16,
+        ffn_multiple_of=16,
+        mixer={"depth": 2, "dim": 48},
+        experts={"count": 4},
+        **changes,
+    )
+    model = MicroDiT(config)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=stream(0, "test", i)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    return EDMProcess(0.6).denoiser(network(mask_captions=True))
+
+
+def text(batch, length=5):
+    mask = torch.arange(length)[None] < torch.tensor([length, 2, 3, 1] * batch)[:batch, None]
+    values = torch.randn(batch, length, 8, generator=stream(0, "text")) * mask[:, :, None]
+    return Conditioning(values, mask)
+
+
+def at(sigma, batch):
+    return NoiseLevel(torch.ones(batch), torch.full((batch,), sigma))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_guidance_is_linear_between_empty_and_caption(denoiser, scale):
+    x, caption = torch.randn(4, 3, 8, 8), text(4)
+    with torch.no_grad():
+        c = denoiser(x, at(2.0, 4), caption).image()
+        u = denoiser(x, at(2.0, 4), caption.null()).image()
+        guided = GuidedDenoiser(denoiser, scale)(x, at(2.0, 4), caption).image()
+    assert (c - u).abs().max() > 0.01
+    assert torch.allclose(guided, u + scale * (c - u), atol=1e-5)
+
+
+def test_guidance_interval_and_negative(denoiser):
+    x, caption, other = torch.randn(4, 3, 8, 8), text(4), Conditioning(*vars_of(text(4)))
+    other = Conditioning(other.text_BSD.flip(0), other.text_mask_BS.flip(0))
+    with torch.no_grad():
+        c = denoiser(x, at(2.0, 4), caption).image()
+        n = denoiser(x, at(2.0, 4), other).image()
+        outside = GuidedDenoiser(denoiser, 3.0, interval=(0.1, 1.0))(x, at(2.0, 4), caption).image()
+        inside = GuidedDenoiser(denoiser, 3.0, interval=(0.1, 2.0), negative=other)(x, at(2.0, 4), caption)
+    assert torch.allclose(outside, c, atol=1e-6)
+    assert torch.allclose(inside.image(), n + 3 * (c - n), atol=1e-5)
+
+
+def vars_of(conditioning):
+    return conditioning.text_BSD, conditioning.text_mask_BS
+
+
+def test_prepared_captions_change_nothing(denoiser):
+    x, caption = torch.randn(4, 3, 8, 8), text(4)
+    with torch.no_grad():
+        plain = denoiser(x, at(1.0, 4), caption).image()
+        prepared = denoiser(x, at(1.0, 4), denoiser.prepare(caption)).image()
+    assert torch.allclose(plain, prepared, atol=1e-6)
+
+
+def test_a_picture_does_not_depend_on_its_batch(denoiser):
+    process, sampling = EDMProcess(0.6), SamplingConfig(steps=4, guidance=2.0)
+    caption = text(4)
+    noise = initial_noise(7, range(4), (3, 8, 8))
+    together = sample_latents(denoiser, process, caption, noise, sampling)
+    for i in range(4):
+        alone = Conditioning(caption.text_BSD[i : i + 1], caption.text_mask_BS[i : i + 1])
+        single = sample_latents(denoiser, process, alone, initial_noise(7, [i], (3, 8, 8)), sampling)
+        assert (single[0] - together[i]).abs().max() < 1e-4 * together.abs().max()
+
+
+def test_seed_zero_is_a_seed():
+    a, b, c = (initial_noise(seed, [0], (1, 4, 4)) for seed in (0, 1, 0))
+    assert torch.equal(a, c)
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("process", [EDMProcess(0.8), FlowProcess(1.0)])
+def test_strength_between_keeping_and_forgetting(process):
+    start = torch.full((2, 1, 4, 4), 0.9)
+    noise = torch.randn(2, 1, 4, 4, generator=stream(0, "noise"))
+    sampling = SamplingConfig(steps=10, guidance=1.0, sigma_max=20)
+
+    def result(strength):
+        return sample_latents(Gaussian(), process, NONE, noise, sampling, start=start, strength=strength)
+
+    assert torch.equal(result(0.0), start)
+    plain = sample_latents(Gaussian(), process, NONE, noise, sampling)
+    assert torch.equal(result(1.0), plain)
+    distance = [(result(s) - start).abs().mean().item() for s in (0.2, 0.5, 0.9)]
+    assert distance == sorted(distance)
