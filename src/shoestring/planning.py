@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from shoestring.config.schema import ModelConfig
-from shoestring.models.microdit import attention_width, expert_width, swiglu_width
 from shoestring.models.layers import TimeEmbedding
+from shoestring.models.microdit import attention_width, expert_width, swiglu_width
+from shoestring.tensors import visible_count
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def model_flops(
         Forward and training FLOPs.
     """
     tokens = grid[0] * grid[1]
-    visible = max(1, int(tokens * (1 - mask_ratio) + 1e-9))
+    visible = visible_count(tokens, mask_ratio)
     s, d = caption_tokens, model.dim
     patch_values = model.in_channels * model.patch_size**2
 
@@ -50,7 +51,7 @@ def model_flops(
     caption = (
         s * d * d + 4 * s * d * d + 2 * s * s * d + 3 * s * d * swiglu_width(d, 4.0, model.ffn_multiple_of)
     )
-    macs = caption + 3 * d * d + visible * d * patch_values + 2 * d * d
+    macs: float = caption + 3 * d * d + visible * d * patch_values + 2 * d * d
 
     qkv, ffn = model.per_block("qkv_multipliers"), model.per_block("ffn_multipliers")
     experts = model.experts
@@ -70,7 +71,7 @@ def _block_macs(
     model: ModelConfig, dim: int, qkv: float, ffn: float, expert: bool, tokens: int, s: int
 ) -> float:
     width = attention_width(dim, qkv, model.head_dim)
-    macs = 4 * tokens * dim * width + 2 * tokens * tokens * width
+    macs: float = 4 * tokens * dim * width + 2 * tokens * tokens * width
     macs += 2 * tokens * dim * dim + 2 * s * dim * dim + 2 * tokens * s * dim
     macs += 6 * dim * model.dim
     if expert:

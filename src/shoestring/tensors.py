@@ -43,6 +43,7 @@ __all__ = [
     "patchify",
     "scatter_tokens",
     "unpatchify",
+    "visible_count",
     "visible_from_noise",
 ]
 
@@ -101,6 +102,11 @@ def scatter_tokens(
     return full_BLD.scatter(1, index_BK[:, :, None].expand(-1, -1, d), tokens_BKD)
 
 
+def visible_count(length: int, mask_ratio: float) -> int:
+    """Patches that stay visible: ``int(L * (1 - ratio))`` in floating point, as released; at least one."""
+    return max(1, int(length * (1 - mask_ratio)))
+
+
 def visible_from_noise(noise_BL: Float[Tensor, "B L"], mask_ratio: float) -> Int[Tensor, "B K"] | None:
     """Indices of the patches that stay visible under random masking.
 
@@ -120,8 +126,7 @@ def visible_from_noise(noise_BL: Float[Tensor, "B L"], mask_ratio: float) -> Int
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask ratio is {mask_ratio}; it must be at least 0 and below 1")
     length = noise_BL.shape[1]
-    # 1 - ratio in floating point can fall a hair short of the exact share (0.9 -> 0.0999...).
-    keep = max(1, int(length * (1 - mask_ratio) + 1e-9))
+    keep = visible_count(length, mask_ratio)
     if keep >= length:
         return None
     return noise_BL.argsort(dim=1)[:, :keep]

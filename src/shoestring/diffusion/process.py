@@ -129,7 +129,7 @@ class FlowProcess(Process):
     """Flow matching on the linear path; t = 0 is clean, t = 1 is noise.
 
     Args:
-        shift: t -> shift t / (1 + (shift - 1) t), for training and sampling (arXiv 2403.03206, section 5.3.2).
+        shift: t -> shift t / (1 + (shift - 1) t), for training and sampling (arXiv 2403.03206).
     """
 
     time_scale = 1000.0

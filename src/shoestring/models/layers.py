@@ -92,8 +92,8 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x_BLD).chunk(3, dim=-1)
         q = F.layer_norm(q, (q.shape[-1],), eps=self.eps)
         k = F.layer_norm(k, (k.shape[-1],), eps=self.eps)
-        heads = (_heads(t, self.head_dim) for t in (q, k, v))
-        return self.proj(_merge(attend(*heads, mask_BL, self.kind)))
+        q, k, v = (_heads(t, self.head_dim) for t in (q, k, v))
+        return self.proj(_merge(attend(q, k, v, mask_BL, self.kind)))
 
 
 class CrossAttention(nn.Module):
@@ -137,7 +137,9 @@ class AdaLN(nn.Sequential):
     """Linear( GELU-tanh(c) ): shifts, scales and gates from the condition. The released index 1 is kept."""
 
     def __init__(self, dim: int, outputs: int) -> None:
-        super().__init__(nn.GELU(approximate="tanh"), nn.Linear(dim, outputs))
+        linear = nn.Linear(dim, outputs)
+        super().__init__(nn.GELU(approximate="tanh"), linear)
+        self.linears = (linear,)  # a tuple: not registered a second time
 
 
 class NormLinear(nn.Sequential):
@@ -150,16 +152,18 @@ class NormLinear(nn.Sequential):
 class TimeEmbedding(nn.Module):
     """Sinusoidal features of the noise coordinate, then Linear, GELU-tanh, Linear.
 
-    512 features, cosines first: f_j = exp(-ln(10000) j / 256). Source: released MicroDiT, ``TimestepEmbedder``.
+    512 features, cosines first: f_j = exp(-ln(10000) j / 256).
+
+    Source: released MicroDiT, ``TimestepEmbedder``.
     """
 
     features = 512
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(self.features, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        first, last = nn.Linear(self.features, dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(first, nn.GELU(approximate="tanh"), last)
+        self.linears = (first, last)  # a tuple: not registered a second time
 
     def forward(self, time_B: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """Embed the noise coordinate (ln(sigma) / 4 for EDM)."""
@@ -167,7 +171,7 @@ class TimeEmbedding(nn.Module):
         j = torch.arange(half, dtype=torch.float32, device=time_B.device)
         angles_BF = time_B.float()[:, None] * torch.exp(-math.log(10_000) * j / half)
         features_BF = torch.cat([angles_BF.cos(), angles_BF.sin()], dim=-1)
-        return self.mlp(features_BF.to(self.mlp[0].weight.dtype))
+        return self.mlp(features_BF.to(self.linears[0].weight.dtype))
 
 
 class CaptionMLP(nn.Module):

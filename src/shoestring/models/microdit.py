@@ -68,7 +68,7 @@ def expert_width(dim: int, multiplier: float, multiple_of: int) -> int:
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, modulated and gated by the condition; plain cross-attention between."""
+    """Self-attention and feed-forward, modulated and gated by the condition; between them cross-attention."""
 
     def __init__(
         self, config: ModelConfig, dim: int, qkv_multiplier: float, ffn_multiplier: float, expert: bool
@@ -195,8 +195,8 @@ class MicroDiT(nn.Module):
         prepared = PreparedCaption(
             pooled_BD,
             mask_BS,
-            tuple(block.cross_attn.keys_values(y_mixer_BSM) for block in self.patch_mixer),
-            tuple(block.cross_attn.keys_values(y_BSD) for block in self.blocks),
+            tuple(_typed(block).cross_attn.keys_values(y_mixer_BSM) for block in self.patch_mixer),
+            tuple(_typed(block).cross_attn.keys_values(y_BSD) for block in self.blocks),
         )
         return replace(conditioning, prepared=prepared)
 
@@ -268,8 +268,7 @@ class MicroDiT(nn.Module):
         assert patch.bias is not None
         nn.init.uniform_(patch.bias, -bound, bound, generator=generator)
         for linear in (
-            self.t_embedder.mlp[0],
-            self.t_embedder.mlp[2],
+            *self.t_embedder.linears,
             self.pooled_y_emb_process.fc1,
             self.pooled_y_emb_process.fc2,
             self.y_embedder.y_proj.fc1,
@@ -284,7 +283,13 @@ class MicroDiT(nn.Module):
         nn.init.zeros_(self.y_emb_preprocess.attn.proj.weight)
         nn.init.zeros_(self.y_emb_preprocess.mlp.w3.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation.linears[0].weight)
+
+
+def _typed(block: nn.Module) -> Block:
+    """ModuleList forgets the type of its members."""
+    assert isinstance(block, Block)
+    return block
 
 
 def _initialize_block(block: nn.Module, output_std: float, generator: torch.Generator) -> None:
@@ -295,7 +300,7 @@ def _initialize_block(block: nn.Module, output_std: float, generator: torch.Gene
             nn.init.trunc_normal_(module.w1, std=0.02, generator=generator)
             nn.init.trunc_normal_(module.w2, std=output_std, generator=generator)
         elif isinstance(module, AdaLN):
-            nn.init.zeros_(module[1].weight)
+            nn.init.zeros_(module.linears[0].weight)
         elif isinstance(module, nn.Linear) and "adaLN" not in name:
             std = 0.02 if leaf in inputs else output_std
             nn.init.trunc_normal_(module.weight, std=std, generator=generator)

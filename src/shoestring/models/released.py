@@ -91,7 +91,8 @@ def load_released(model: MicroDiT, tensors: Mapping[str, Tensor], where: str = "
         side = round(table.shape[1] ** 0.5)
         if table.ndim != 3 or side * side != table.shape[1] or table.shape[2] != model.config.dim:
             raise UserError(
-                f"{where}: pos_embed has shape {list(table.shape)}; it must be [1, side * side, {model.config.dim}]"
+                f"{where}: pos_embed has shape {list(table.shape)}; it must be [1, side * side, "
+                f"{model.config.dim}]"
             )
         named["pos_embed"] = table.float()
     load_weights(model, named, where)

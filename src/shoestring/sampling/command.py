@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ def run_sample(
             job.negative,
             start,
             job.strength,
-            (lambda _, x, steps=steps: steps.append(x)) if job.gif else None,
+            partial(_keep, steps) if job.gif else None,
         )
         for i, picture in zip(part, pictures, strict=True):
             save_png(
@@ -121,6 +122,10 @@ def run_sample(
         _save_gif(animation, [torch.cat(step) for step in zip(*frames, strict=True)], columns, zoom)
         message += f", the denoising in {animation}"
     console.print(message, highlight=False, soft_wrap=True)
+
+
+def _keep(steps: list[Tensor], _: int, pictures: Tensor) -> None:
+    steps.append(pictures)
 
 
 def _parameters(

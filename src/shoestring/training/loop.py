@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -91,7 +92,7 @@ class Run:
         network = build_network(config, stream(config.seed, "init")).to(self.device)
         if config.compile:
             for block in [*network.patch_mixer, *network.blocks]:
-                block.compile(dynamic=False)
+                block.compile(dynamic=False, isolate_recompiles=True)
         process = build_process(config.process, self.sigma_data)
         denoiser = process.denoiser(network, PRECISIONS[config.precision])
         # Part of what determines the bits of a run, so it is kept with it.
@@ -127,8 +128,8 @@ class Run:
             multiple = self.codec.downsampling * model.patch_size
             if stage.resolution % multiple:
                 raise UserError(
-                    f"stage {stage.name!r}: resolution is {stage.resolution}; it must be a multiple of {multiple} "
-                    f"(codec {self.codec.downsampling} x model.patch_size {model.patch_size})"
+                    f"stage {stage.name!r}: resolution is {stage.resolution}; it must be a multiple of "
+                    f"{multiple} (codec {self.codec.downsampling} x model.patch_size {model.patch_size})"
                 )
 
     def _load_data(self, stage: StageConfig) -> StageData:
@@ -439,5 +440,5 @@ def train(config: RunConfig, folder: Path, console: Console) -> bool:
         write_text(folder / "config.yaml", to_yaml(config))
         facts = {"shoestring": __version__, "torch": torch.__version__, "python": platform.python_version()}
         for name, version in facts.items():
-            remember(folder / "machine.json", name, lambda version=version: version)
+            remember(folder / "machine.json", name, partial(str, version))
         return Run(config, folder, console).train()

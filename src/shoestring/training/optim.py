@@ -31,10 +31,10 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
             if isinstance(inner, ExpertChoice):
                 roles[f"{prefix}.w1"] = roles[f"{prefix}.w2"] = "expert"
                 roles[f"{prefix}.gate.weight"] = "router"
-            elif isinstance(inner, nn.Linear) and not inner_name.endswith("gate"):
+            elif isinstance(inner, nn.Linear) and roles[f"{prefix}.weight"] == "matrix":
                 # The modulation looks at one vector a sample: no hidden layer in Muon's sense.
-                if not isinstance(module.get_submodule(inner_name.rpartition(".")[0]), AdaLN):
-                    roles[f"{prefix}.weight"] = "block_matrix"
+                modulation = isinstance(module.get_submodule(inner_name.rpartition(".")[0]), AdaLN)
+                roles[f"{prefix}.weight"] = "matrix" if modulation else "block_matrix"
     return roles
 
 

@@ -113,6 +113,7 @@ def _accumulate(learner: Learner, batch: TrainingBatch, stage: StageConfig, mask
     """Put the gradient of the batch into the parameters; returns its mean loss."""
     parameters = list(learner.model.parameters())
     total = torch.zeros((), device=batch.x0.device)
+    summed: list[Tensor] | None = None
 
     def gradient(part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
         loss = batch_loss(learner.process, learner.denoiser, part, stage.noise, mask_ratio)
@@ -123,11 +124,10 @@ def _accumulate(learner: Learner, batch: TrainingBatch, stage: StageConfig, mask
         parts = list(micro.split(math.ceil(len(micro.x0) / learner.workers.count)))
         for loss, gradients in learner.workers.map(gradient, parts):  # summed in this order, always
             total += loss
-            if parameters[0].grad is None:
-                for parameter, value in zip(parameters, gradients, strict=True):
-                    parameter.grad = value
-            else:
-                torch._foreach_add_([p.grad for p in parameters], list(gradients))
+            summed = list(gradients) if summed is None else list(torch._foreach_add(summed, list(gradients)))
+    assert summed is not None
+    for parameter, value in zip(parameters, summed, strict=True):
+        parameter.grad = value
     return total
 
 
