@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import copy
-import ctypes
 import json
 import statistics
 import time
@@ -41,7 +40,7 @@ from shoestring.models.microdit import MicroDiT
 from shoestring.models.released import to_released
 from shoestring.planning import measured_peak_flops, model_flops
 from shoestring.recipes import demo, microdit
-from shoestring.runtime import Workers, default_workers, write_text
+from shoestring.runtime import Workers, default_workers, keep_freed_memory, write_text
 from shoestring.training.ema import EMA
 from shoestring.training.optim import Optimizers
 from shoestring.training.step import Learner, TrainingBatch, train_step
@@ -79,21 +78,6 @@ class Row:
     """FLOP/s of the reference's step, its one-hot products included, over the fp32 matmul peak."""
 
 
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed memory instead of handing it back and taking it anew, page by page.
-
-    Every gradient and activation of a step is a large allocation: by default a step of tiny2 at batch 8 has
-    300,000 page faults, with this none. It holds for the whole process, so for both sides.
-    """
-    trim_threshold, mmap_max = -1, -4
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library: nothing to set
-        return
-    mallopt(trim_threshold, -1)
-    mallopt(mmap_max, 0)
-
-
 def make_batch(config: ModelConfig, size: int, generator: torch.Generator) -> TrainingBatch:
     """Random latents, captions and draws."""
 
@@ -119,14 +103,14 @@ def build_ours(config: ModelConfig, compile_blocks: bool, workers: int) -> tuple
         for parameter in model.parameters():  # zero gates would hide a difference between the two
             if not parameter.any():
                 parameter.normal_(std=0.02, generator=generator)
-    process = EDMProcess(SIGMA_DATA)
+    process, threads = EDMProcess(SIGMA_DATA), Workers(workers)
     learner = Learner(
         model=model,
         process=process,
         denoiser=process.denoiser(model, torch.bfloat16),
-        optimizers=Optimizers(model, OptimizerConfig()),
+        optimizers=Optimizers(model, OptimizerConfig(), threads),
         ema=EMA(model),
-        workers=Workers(workers),
+        workers=threads,
     )
     if compile_blocks:
         for block in [*model.patch_mixer, *model.blocks]:

@@ -39,7 +39,7 @@ def stage(**changes) -> StageConfig:
 def test_muon_equals_torch_on_matrices(shape, adjust):
     start = torch.randn(shape)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    a = Muon([ours], lr=0.02, weight_decay=0.1, momentum=0.9, ns_steps=5, adjust=adjust)
+    a = Muon([ours], lr=0.02, weight_decay=0.1, momentum=0.9, ns_steps=5, adjust=adjust, workers=Workers(2))
     b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.9, ns_steps=5, adjust_lr_fn=adjust)
     for i in range(4):
         ours.grad = theirs.grad = torch.randn(shape, generator=stream(i, "grad"))
@@ -55,7 +55,14 @@ def test_muon_treats_every_expert_by_itself():
     single = [nn.Parameter(experts[i].detach().clone()) for i in range(3)]
     gradient = torch.randn(3, 16, 24) * torch.tensor([1.0, 100.0, 0.01])[:, None, None]
     experts.grad = gradient
-    settings = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.0, "ns_steps": 5, "adjust": "original"}
+    settings = {
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "momentum": 0.0,
+        "ns_steps": 5,
+        "adjust": "original",
+        "workers": Workers(1),
+    }
     Muon([experts], **settings).step()
     for p, g in zip(single, gradient, strict=True):
         p.grad = g
@@ -76,7 +83,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_groups_partition_the_parameters_and_none_is_empty(kind):
     model = MicroDiT(SMALL)
-    optimizers = Optimizers(model, OptimizerConfig(kind=kind, weight_decay=0.1))
+    optimizers = Optimizers(model, OptimizerConfig(kind=kind, weight_decay=0.1), Workers(1))
     groups = [g for optimizer in optimizers.optimizers for g in optimizer.param_groups]
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     assert len({id(p) for g in groups for p in g["params"]}) == len(list(model.parameters()))
@@ -99,7 +106,7 @@ def test_roles_follow_module_types():
 
 def test_expert_and_muon_learning_rates_scale():
     config = OptimizerConfig(kind="muon", expert_lr_scale=0.5, muon_lr_scale=3.0)
-    optimizers = Optimizers(MicroDiT(SMALL), config)
+    optimizers = Optimizers(MicroDiT(SMALL), config, Workers(1))
     optimizers.set_lr(0.1)
     rates = {g["role"]: g["lr"] for o in optimizers.optimizers for g in o.param_groups}
     assert rates == pytest.approx(
@@ -108,7 +115,9 @@ def test_expert_and_muon_learning_rates_scale():
 
 
 def test_released_recipe_decays_everything():
-    optimizers = Optimizers(MicroDiT(SMALL), OptimizerConfig(decay_everything=True, weight_decay=0.1))
+    optimizers = Optimizers(
+        MicroDiT(SMALL), OptimizerConfig(decay_everything=True, weight_decay=0.1), Workers(1)
+    )
     assert {g["weight_decay"] for g in optimizers.optimizers[0].param_groups} == {0.1}
 
 
@@ -193,8 +202,9 @@ def learner(workers: int = 1, kind: str = "adamw") -> Learner:
         for i, parameter in enumerate(model.parameters()):
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=stream(0, "test", i)))
     process = EDMProcess(0.6)
-    optimizers = Optimizers(model, OptimizerConfig(kind=kind))
-    return Learner(model, process, process.denoiser(model), optimizers, EMA(model), Workers(workers))
+    threads = Workers(workers)
+    optimizers = Optimizers(model, OptimizerConfig(kind=kind), threads)
+    return Learner(model, process, process.denoiser(model), optimizers, EMA(model), threads)
 
 
 def batch(count: int = 8) -> TrainingBatch:
@@ -238,7 +248,7 @@ def test_a_step_repeats_bit_for_bit(kind):
 
 def test_clipping_bounds_the_update():
     one = learner()
-    one.optimizers = Optimizers(one.model, GRADIENT_DESCENT)
+    one.optimizers = Optimizers(one.model, GRADIENT_DESCENT, one.workers)
     before = [p.detach().clone() for p in one.model.parameters()]
     _, norm = train_step(one, batch(), stage(batch=8, clip_norm=0.01), 1e8, 0.0, 0.0)
     moved = torch.stack([(p - q).norm() for p, q in zip(one.model.parameters(), before, strict=True)]).norm()

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from shoestring import recipes
 from shoestring.config import RunConfig, apply_overrides, to_yaml
-from shoestring.runtime import UserError, keep_freed_memory, pick_device
+from shoestring.runtime import TrainingFailed, UserError, keep_freed_memory, pick_device
 
 INTERRUPTED = 130
 FAILED = 1
@@ -161,14 +161,21 @@ def show_recipe(recipe: Recipe, overrides: Overrides = None) -> None:
     print(to_yaml(recipes.resolve(recipe, overrides or []), header))
 
 
+def _say(error: Exception) -> None:
+    Console(stderr=True).print(f"shoestring: {error}", highlight=False, markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of the command ``shoestring``."""
     keep_freed_memory()
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"shoestring: {error}", highlight=False, markup=False, soft_wrap=True)
+        _say(error)
         sys.exit(USER_MISTAKE)
+    except TrainingFailed as error:
+        _say(error)
+        sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 

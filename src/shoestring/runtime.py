@@ -24,6 +24,10 @@ class UserError(ValueError):
     """A mistake of the user: shown as one sentence, exit code 2, no traceback."""
 
 
+class TrainingFailed(RuntimeError):
+    """The loss became NaN or infinite; said in one sentence, the last good checkpoint is kept."""
+
+
 def stream_seed(seed: int, purpose: str, index: int = 0) -> int:
     """A 63-bit seed that depends on (seed, purpose, index) and on nothing else.
 
@@ -90,8 +94,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
         reason = error.strerror or str(error)
@@ -169,16 +173,15 @@ def default_workers(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next step instead of giving it back to the system.
+    """Let glibc reuse freed memory instead of handing it back and taking it anew, page by page.
 
-    A training step frees and asks for the same large tensors again and again; giving them back costs a
-    page fault for every 4 kB, about a tenth of the demo's step. Without glibc nothing happens.
+    Every activation and gradient of a training step is a large allocation: by default a step of ``tiny2`` at
+    batch 8 has 300,000 page faults, with this hardly any. Under another C library nothing happens.
     """
+    trim_threshold, mmap_max = -1, -4
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except OSError:
+    except (OSError, AttributeError):
         return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-    mallopt(mmap_threshold, 32 * 2**20)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 * 2**20)
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)

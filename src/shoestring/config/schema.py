@@ -135,7 +135,11 @@ class DataConfig(Frozen):
 
     source: Literal["openmoji", "shapes", "folder"] = setting("openmoji, shapes or folder", "folder")
     path: str | None = setting("folder: pictures with .txt, or metadata.jsonl/.csv/.parquet", None)
-    max_captions: int | None = setting("use this many captions (chosen by hash); null = all", None, ge=1)
+    max_captions: int | None = setting(
+        "openmoji, shapes: train on this many captions (chosen by hash); null = all; a folder is used whole",
+        None,
+        ge=1,
+    )
     held_out: Share = setting("share of captions kept out of training (chosen by hash)", 0.1)
     text_encoder: Literal["hashing", "minilm", "clip"] = setting(
         "hashing (no weights), minilm (from pip) or clip (transformers)", "minilm"

@@ -7,6 +7,7 @@ import io
 import math
 import unicodedata
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ def caption_of(text: str, names: Mapping[str, str]) -> str | None:
     return f"flag of {plain}" if is_country or is_region else plain
 
 
+@lru_cache(maxsize=1)
 def load(resolution: int) -> CaptionedImages:
     """Render all OpenMoji pictograms that have a public name, skin tones left out.
 

@@ -26,7 +26,7 @@ def _folder(config: DataConfig, resolution: int) -> Splits:
     if config.path is None:
         raise UserError("data.path is not set; data.source=folder needs the folder of your pictures")
     pictures = folder.load(Path(config.path), resolution)
-    return split_by_caption(pictures, config.held_out, config.max_captions)
+    return split_by_caption(pictures, config.held_out, None)
 
 
 SOURCES: dict[str, Callable[[DataConfig, int], Splits]] = {

@@ -93,7 +93,8 @@ def load_model(path: Path) -> tuple[RunConfig, MicroDiT, ModelFacts]:
         ) from error
     if header.get("format") != FORMAT:
         raise UserError(
-            f"{path} is not a model of shoestring: its header has format {header.get('format')!r}, not {FORMAT!r}"
+            f"{path} is not a model of shoestring: its header says format {header.get('format')!r}, "
+            f"not {FORMAT!r}"
         )
     config = from_json(header["config"])
     facts = ModelFacts(**json.loads(header["facts"]))

@@ -46,6 +46,9 @@ class SampleJob:
     def all_prompts(self) -> list[str]:
         """Prompts of command line and file, each ``num`` times.
 
+        Returns:
+            At least one prompt.
+
         Raises:
             UserError: if there is none, or the file cannot be read.
         """
@@ -161,8 +164,8 @@ def _warn_cut(pipeline: Pipeline, prompts: list[str], console: Console) -> None:
     cut = int((mask_BS.sum(1) >= pipeline.text_encoder.max_tokens).sum())
     if cut:
         console.print(
-            f"{cut} of {len(prompts)} prompts fill or exceed the {pipeline.text_encoder.max_tokens} tokens that this "
-            "model reads; what is beyond them was cut",
+            f"{cut} of {len(prompts)} prompts fill or exceed the {pipeline.text_encoder.max_tokens} tokens "
+            "that this model reads; what is beyond them was cut",
             highlight=False,
             soft_wrap=True,
         )

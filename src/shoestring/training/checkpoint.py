@@ -75,7 +75,7 @@ def save_checkpoint(
         if folder.exists():  # the same place saved twice, e.g. at a stage's end: nothing can differ
             shutil.rmtree(temporary)
         else:
-            os.replace(temporary, folder)
+            temporary.rename(folder)
     except (OSError, RuntimeError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = str(error).split("\n")[0]

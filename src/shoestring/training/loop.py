@@ -29,6 +29,7 @@ from shoestring.models.files import build_network
 from shoestring.planning import measured_peak_flops, model_flops
 from shoestring.runtime import (
     PRECISIONS,
+    TrainingFailed,
     UserError,
     Workers,
     default_workers,
@@ -46,10 +47,6 @@ from shoestring.training.schedule import Position, ema_decay, learning_rate, mas
 from shoestring.training.step import Draws, Learner, NonFiniteLoss, TrainingBatch, train_step
 
 GRID_PICTURES = 16
-
-
-class TrainingFailed(RuntimeError):
-    """The loss became NaN or infinite; said in one sentence, the last good checkpoint is kept."""
 
 
 @dataclass(frozen=True)
@@ -96,19 +93,14 @@ class Run:
         process = build_process(config.process, self.sigma_data)
         denoiser = process.denoiser(network, PRECISIONS[config.precision])
         # Part of what determines the bits of a run, so it is kept with it.
-        workers = remember(
+        count = remember(
             folder / "machine.json",
             f"workers_{self.device.type}",
             lambda: 1 if config.compile else default_workers(self.device),
         )
-        self.learner = Learner(
-            network,
-            process,
-            denoiser,
-            Optimizers(network, config.optimizer),
-            EMA(network),
-            Workers(workers),
-        )
+        workers = Workers(count)
+        optimizers = Optimizers(network, config.optimizer, workers)
+        self.learner = Learner(network, process, denoiser, optimizers, EMA(network), workers)
         self.peak_flops = self._peak_flops()
         self.stopped = False
 
@@ -205,7 +197,9 @@ class Run:
         if stage.resolution != self.data.resolution:
             self.data = self._load_data(stage)
         if here.done_nimg == 0 and not stage.keep_optimizer:
-            self.learner.optimizers = Optimizers(self.learner.model, self.config.optimizer)
+            self.learner.optimizers = Optimizers(
+                self.learner.model, self.config.optimizer, self.learner.workers
+            )
 
     def _batch(self, here: Position) -> TrainingBatch:
         stage, data = here.stage, self.data

@@ -11,6 +11,7 @@ from shoestring.config.schema import OptimizerConfig
 from shoestring.models.layers import AdaLN
 from shoestring.models.microdit import Block
 from shoestring.models.moe import ExpertChoice
+from shoestring.runtime import Workers
 from shoestring.training.muon import Muon
 
 
@@ -44,9 +45,10 @@ class Optimizers:
     Args:
         model: whose parameters to update.
         config: which optimiser and its constants.
+        workers: threads that share Muon's work.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, workers: Workers) -> None:
         self.config = config
         roles = parameter_roles(model)
         by_role: dict[str, list[nn.Parameter]] = {}
@@ -77,6 +79,7 @@ class Optimizers:
                     momentum=config.muon_momentum,
                     ns_steps=config.muon_ns_steps,
                     adjust=config.muon_adjust,
+                    workers=workers,
                 )
             )
 

@@ -13,6 +13,7 @@ from shoestring.config.schema import NoiseConfig, StageConfig
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import Process
 from shoestring.interfaces import Conditioning, Denoiser
+from shoestring.models.microdit import MicroDiT
 from shoestring.runtime import Workers, stream_seed
 from shoestring.tensors import visible_from_noise
 from shoestring.training.ema import EMA
@@ -97,7 +98,7 @@ def batch_loss(
 class Learner:
     """What a step changes: weights, optimisers, average."""
 
-    model: nn.Module
+    model: MicroDiT
     process: Process
     denoiser: Denoiser
     optimizers: Optimizers
