@@ -36,6 +36,7 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "at the bottom right": (0.72, 0.72),
     "in the center": (0.5, 0.5),
 }
+LATTICE = (0.28, 0.5, 0.72)
 TRAIN_PICTURES = 6000
 HELD_OUT_PICTURES = 600
 # How often each kind of caption is drawn; single shapes most, as they are what everything builds on.
@@ -233,9 +234,9 @@ def _place(requirement: Requirement, rng: np.random.Generator) -> tuple[Thing, .
         if requirement.position is not None:
             x, y = POSITIONS[requirement.position]
             return (Thing(*named[0], near(x, 0.04), near(y, 0.04), near(0.39, 0.05)),)
-        size = near(0.41, 0.07)
-        room = 0.5 - size / 2 - 0.03
-        return (Thing(*named[0], near(0.5, room), near(0.5, room), size),)
+        # On a lattice of nine places: at any place at all, a model of minutes learns colours but not shapes.
+        x, y = (LATTICE[i] for i in rng.integers(len(LATTICE), size=2))
+        return (Thing(*named[0], near(x, 0.04), near(y, 0.04), near(0.39, 0.05)),)
     if requirement.relation is not None:
         low_first = requirement.relation in ("left of", "above")
         along = [near(0.26, 0.03), near(0.74, 0.03)] if low_first else [near(0.74, 0.03), near(0.26, 0.03)]

@@ -70,7 +70,14 @@ def _stages(nimg: int, batch: int, lr: float) -> tuple[StageConfig, ...]:
     )
 
 
-def _demo(name: str, data: DataConfig, nimg: int, every: int, model: ModelConfig | None = None) -> RunConfig:
+def _demo(
+    name: str,
+    data: DataConfig,
+    nimg: int,
+    every: int,
+    guidance: float = 2.0,
+    model: ModelConfig | None = None,
+) -> RunConfig:
     """What the small runs share: Muon for the matrices, few sampling steps, frequent looks."""
     return RunConfig(
         name=name,
@@ -79,7 +86,7 @@ def _demo(name: str, data: DataConfig, nimg: int, every: int, model: ModelConfig
         data=data,
         stages=_stages(nimg, batch=96, lr=1.5e-3),
         optimizer=OptimizerConfig(kind="muon", weight_decay=0.0, muon_lr_scale=10 / 3),
-        sampling=SamplingConfig(sampler="euler", steps=16, guidance=2.0),
+        sampling=SamplingConfig(sampler="euler", steps=16, guidance=guidance),
         logging=LoggingConfig(
             log_nimg=1_024,
             validate_nimg=every,
@@ -113,7 +120,7 @@ def demo_shapes() -> RunConfig:
     Metric:   above 80 % of single-shape prompts right in shape and colour (measured, see EXPERIMENTS.md).
     """
     data = DataConfig(source="shapes", text_encoder="hashing", max_tokens=24)
-    return _demo("demo-shapes", data, nimg=76_800, every=12_800, model=small(HASHING_WIDTH))
+    return _demo("demo-shapes", data, 96_000, every=12_800, guidance=3.0, model=small(HASHING_WIDTH))
 
 
 def openmoji_all() -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def run_sample(
         )
         for i, picture in zip(part, pictures, strict=True):
             save_png(
-                job.out / f"{i:05d}.png",
+                job.out / f"{i:05d}-{_slug(prompts[i])}-seed{seed}.png",
                 to_pil(picture),
                 _parameters(job, prompts[i], seed, i, pipeline, sampling),
             )
@@ -117,11 +118,11 @@ def run_sample(
         frames.append([*steps, pictures])
     zoom = max(1, 128 // pipeline.resolution)
     columns = min(8, len(prompts))
-    grid = job.out / "grid.png"
+    grid = job.out / f"grid-seed{seed}.png"
     save_png(grid, picture_grid(torch.cat(done), columns, zoom), {"prompts": prompts, "seed": seed})
     message = f"{len(prompts)} pictures in {job.out}, all of them in {grid} (seed {seed})"
     if job.gif:
-        animation = job.out / "denoising.gif"
+        animation = job.out / f"denoising-seed{seed}.gif"
         _save_gif(animation, [torch.cat(step) for step in zip(*frames, strict=True)], columns, zoom)
         message += f", the denoising in {animation}"
     console.print(message, highlight=False, soft_wrap=True)
@@ -129,6 +130,12 @@ def run_sample(
 
 def _keep(steps: list[Tensor], _: int, pictures: Tensor) -> None:
     steps.append(pictures)
+
+
+def _slug(prompt: str) -> str:
+    """A prompt as part of a file name: with it and the seed, a second call does not overwrite the first."""
+    words = re.findall(r"[a-z0-9]+", prompt.lower())
+    return "-".join(words)[:40].strip("-") or "no-words"
 
 
 def _parameters(

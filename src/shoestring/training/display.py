@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from shoestring.runtime import write_text
+
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal a line is printed this often."""
 
@@ -82,7 +84,7 @@ class RunLog:
     def __init__(self, folder: Path, nimg: int, tensorboard: bool) -> None:
         path = folder / "log.jsonl"
         kept = [row for row in read_log(folder) if row["nimg"] <= nimg]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", buffering=1)
         self.board: Any = None
         if tensorboard:
