@@ -195,7 +195,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     config = MODELS[options.model]()
     workers = options.workers  # a run chooses likewise
     if workers is None:
-        workers = 1 if options.compile else default_workers(CPU)
+        workers = default_workers(CPU)
     ours, our_step = build_ours(config, options.compile, workers)
     reference_step = build_reference(config, ours)
     generator = torch.Generator().manual_seed(1)
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=2, help="steps before, not timed")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--workers", type=int, help="ours: threads that share a batch; default as in a run")
+    parser.add_argument("--workers", type=int, help="ours: threads that share a batch; default one a core, as in a run")
     parser.add_argument("--threads", type=int, help="default: as many as torch takes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     options = parser.parse_args(arguments)

@@ -135,12 +135,15 @@ class Workers:
             list(self._pool.map(lambda _: barrier.wait(), range(count)))
             torch.set_num_threads(threads)
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], together: bool = True
+    ) -> list[Result]:
         """The function of every item, in the order of the items.
 
         Args:
             function: must not change what others read.
             items: pieces of work.
+            together: at the same time; else one after another, but in the same threads.
 
         Returns:
             Results in order.
@@ -153,6 +156,8 @@ class Workers:
             with torch.set_grad_enabled(grad):
                 return function(item)
 
+        if not together:
+            return [self._pool.submit(call, item).result() for item in items]
         return list(self._pool.map(call, items))
 
     def close(self) -> None:

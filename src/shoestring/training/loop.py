@@ -96,7 +96,7 @@ class Run:
         count = remember(
             folder / "machine.json",
             f"workers_{self.device.type}",
-            lambda: 1 if config.compile else default_workers(self.device),
+            lambda: default_workers(self.device),
         )
         workers = Workers(count)
         optimizers = Optimizers(network, config.optimizer, workers)

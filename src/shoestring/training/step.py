@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,8 @@ class Learner:
     optimizers: Optimizers
     ema: EMA
     workers: Workers
+    shapes_seen: set[tuple[int, float]] = field(default_factory=set)
+    """Batch sizes and mask ratios of steps so far."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -121,11 +123,15 @@ def _accumulate(learner: Learner, batch: TrainingBatch, stage: StageConfig, mask
         loss = loss * (len(part.x0) / len(batch.x0))
         return loss.detach(), torch.autograd.grad(loss, parameters)
 
+    # The first time, one part after another: a compiled block is then compiled once, not once a thread.
+    shape = (len(batch.x0), mask_ratio)
+    together = shape in learner.shapes_seen
     for micro in batch.split(stage.micro_batch or len(batch.x0)):
         parts = list(micro.split(math.ceil(len(micro.x0) / learner.workers.count)))
-        for loss, gradients in learner.workers.map(gradient, parts):  # summed in this order, always
+        for loss, gradients in learner.workers.map(gradient, parts, together):  # summed in this order, always
             total += loss
             summed = list(gradients) if summed is None else list(torch._foreach_add(summed, list(gradients)))
+    learner.shapes_seen.add(shape)
     assert summed is not None
     for parameter, value in zip(parameters, summed, strict=True):
         parameter.grad = value
