@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=2, help="steps before, not timed")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--workers", type=int, help="ours: threads that share a batch; default one a core, as in a run")
+    parser.add_argument("--workers", type=int, help="ours: threads that share a batch; default one a core")
     parser.add_argument("--threads", type=int, help="default: as many as torch takes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     options = parser.parse_args(arguments)

@@ -155,7 +155,8 @@ def test_a_picture_does_not_depend_on_its_batch_or_on_the_way_to_the_model(workp
     )
     for i in range(3):
         a, b = (
-            torch.tensor(list(Image.open(next((workplace / d).glob(f"0000{i}-*.png"))).tobytes())) for d in ("b1", "b2")
+            torch.tensor(list(Image.open(next((workplace / d).glob(f"0000{i}-*.png"))).tobytes()))
+            for d in ("b1", "b2")
         )
         # bf16 products of other shapes may round differently; a grey level or two of 255
         assert (a - b).abs().max() <= 3
@@ -168,7 +169,8 @@ def test_image_to_image_keeps_the_picture_at_low_strength(workplace, finished):
         out = f"i{strength}"
         shoestring("sample", "whole", *words, "--strength", strength, "--out", out, cwd=workplace)
     means = [
-        Image.open(workplace / f"i{s}" / "00000-a-red-square-seed1.png").resize((1, 1)).getpixel((0, 0)) for s in (0.1, 1.0)
+        Image.open(workplace / f"i{s}" / "00000-a-red-square-seed1.png").resize((1, 1)).getpixel((0, 0))
+        for s in (0.1, 1.0)
     ]
     assert abs(means[0][0] - 200) + abs(means[0][1] - 30) < 60
     assert means[0] != means[1]
@@ -219,7 +221,9 @@ def test_wrong_settings(workplace, change, expected):
         (["sample", "whole"], "no prompt"),
         (["sample", "nowhere", "--prompt", "x"], "nowhere does not exist"),
         (["sample", "my_empty", "--prompt", "x"], "holds no checkpoint"),
-        (["sample", "whole", "--prompt", "x", "--guidance", "nan"], "sampling.guidance is nan"),
+        (["sample", "whole", "--prompt", "x", "--guidance", "nan"], "sampling.guidance"),
+        (["sample", "whole", "--prompt", "x", "--out", "tiny.yaml"], "tiny.yaml"),
+        (["sample", "whole", "--prompt", "x", "--device", "meta"], "device"),
         (["sample", "whole", "--prompt", "x", "--steps", "0"], "sampling.steps is 0"),
         (["sample", "whole", "--prompt", "x", "--sampler", "magic"], "sampling.sampler is 'magic'"),
         (["sample", "whole", "--prompt", "x", "--strength", "2"], "--strength is 2.0"),
@@ -255,16 +259,43 @@ def test_damaged_and_foreign_checkpoints(workplace, finished):
     assert "not a model of shoestring" in sentence(done)
 
 
-def test_resuming_from_a_damaged_checkpoint_says_what_to_do(workplace, finished):
+def test_a_damaged_checkpoint_is_passed_over_with_a_sentence(workplace, finished):
     import shutil
 
     shutil.copytree(finished, workplace / "hurt")
     state = newest(workplace / "hurt") / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    done = shoestring("train", "tiny.yaml", "--out", "hurt", cwd=workplace, expect=None)
-    assert "state.pt is damaged" in sentence(done)
-    shutil.rmtree(state.parent)
-    shoestring("train", "tiny.yaml", "--out", "hurt", cwd=workplace)
+    done = shoestring("train", "tiny.yaml", "--out", "hurt", cwd=workplace)
+    assert "state.pt is damaged" in done.stdout
+    assert "Going on from image 96" in done.stdout
+    assert {p.name for p in (workplace / "hurt" / "checkpoints").iterdir()} == {
+        "000000096",
+        "000000128",
+        "000000128.damaged",
+    }
+
+
+def test_resuming_with_a_checkpoint_of_another_model(workplace, finished):
+    import shutil
+
+    shoestring("train", "tiny.yaml", "model.dim=64", "--out", "wide", cwd=workplace)
+    shutil.copytree(finished, workplace / "mixed")
+    for folder in (workplace / "mixed" / "checkpoints").iterdir():
+        shutil.rmtree(folder)
+    shutil.copytree(newest(workplace / "wide"), workplace / "mixed" / "checkpoints" / "000000032")
+    done = shoestring("train", "tiny.yaml", "--out", "mixed", cwd=workplace, expect=None)
+    assert "of another" in sentence(done)
+
+
+def test_going_on_with_other_pictures_is_refused(workplace, finished):
+    import shutil
+
+    shutil.copytree(finished, workplace / "swapped")
+    facts = json.loads((workplace / "swapped" / "machine.json").read_text())
+    facts["data_digest_32"] = "0" * 32
+    (workplace / "swapped" / "machine.json").write_text(json.dumps(facts))
+    done = shoestring("train", "tiny.yaml", "--out", "swapped", cwd=workplace, expect=None)
+    assert "are not those that the run in swapped began with" in sentence(done)
 
 
 def test_two_runs_in_one_folder(workplace):
@@ -302,12 +333,13 @@ def test_a_loss_that_is_not_finite_ends_with_a_sentence(workplace):
     changes = ["optimizer.kind=adamw", "stages.0.lr=1e18", "stages.0.clip_norm=null", "stages.0.nimg=800"]
     done = shoestring("train", "tiny.yaml", *changes, "--out", "nan", cwd=workplace, expect=1)
     assert "training stopped at image" in done.stderr
-    assert "lower the learning rate" in done.stderr
+    assert "lower stages.0.lr" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_recipes_are_listed_and_shown(workplace):
-    listed = shoestring("recipes", "list", cwd=workplace).stdout
+    listed = shoestring("recipes", cwd=workplace).stdout
+    assert listed == shoestring("recipes", "list", cwd=workplace).stdout
     assert {"demo", "demo-shapes", "openmoji-all", "microdit-tiny2", "microdit-xl2"} <= set(listed.split())
     shown = shoestring("recipes", "show", "demo", "model.depth=3", cwd=workplace).stdout
     (workplace / "shown.yaml").write_text(shown)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig, OptimizerConfig, StageConfig
+from shoestring.config import (
+    ExpertsConfig,
+    MixerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+)
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.microdit import MicroDiT
@@ -52,7 +59,8 @@ def test_muon_equals_torch_on_matrices(shape, adjust):
 
 def test_muon_treats_every_expert_by_itself():
     experts = nn.Parameter(torch.randn(3, 16, 24))
-    single = [nn.Parameter(experts[i].detach().clone()) for i in range(3)]
+    # Linear weights are (out, in), experts (in, out): the learning rate is adjusted by the same shape.
+    single = [nn.Parameter(experts[i].detach().T.clone()) for i in range(3)]
     gradient = torch.randn(3, 16, 24) * torch.tensor([1.0, 100.0, 0.01])[:, None, None]
     experts.grad = gradient
     settings = {
@@ -65,9 +73,9 @@ def test_muon_treats_every_expert_by_itself():
     }
     Muon([experts], **settings).step()
     for p, g in zip(single, gradient, strict=True):
-        p.grad = g
+        p.grad = g.T.clone()
     Muon(single, **settings).step()
-    assert torch.allclose(experts, torch.stack(list(single)), atol=1e-6)
+    assert torch.allclose(experts, torch.stack([p.T for p in single]), atol=2e-3)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
@@ -148,20 +156,26 @@ def test_mask_ratio_moves_in_sixteenths():
     assert ratios == sorted(ratios, reverse=True)
     assert len(set(ratios)) == 13
     assert mask_ratio(stage(mask_ratio=0.5), 700) == 0.5
+    assert mask_ratio(stage(mask_ratio=0.99, mask_ratio_end=0.5), 0) < 1
 
 
-def test_ema_starts_late_and_ramps_up():
-    late = stage(ema_decay=0.99, ema_start_nimg=500, ema_rampup=None)
-    assert ema_decay(late, 480) == 0.0
-    assert ema_decay(late, 500) == 0.99
-    ramp = stage(ema_decay=0.9999, ema_rampup=0.1)
-    assert ema_decay(ramp, 90) == pytest.approx(0.5)  # half-life: a tenth of 100 images, one step
-    assert ema_decay(stage(ema_decay=None), 500) == 0.0
+def test_ema_starts_late_and_ramps_up_over_stages():
+    def decays(*stages):
+        config = RunConfig(name="r", stages=stages)
+        return [ema_decay(position(config, nimg)) for nimg in range(0, config.nimg, 10)]
+
+    late = decays(stage(nimg=60, ema_decay=0.99, ema_start_nimg=50, ema_rampup=None))
+    assert late == [0.0] * 5 + [0.99]
+    ramp = decays(*[stage(nimg=100, ema_decay=0.9999, ema_rampup=0.1, name=n) for n in "ab"])
+    assert ramp[9] == pytest.approx(0.5)  # half-life: a tenth of 100 images, one step
+    assert ramp == sorted(ramp)
+    assert decays(stage(nimg=100, ema_decay=None)) == [0.0] * 10
+    again = decays(stage(nimg=50), stage(nimg=50, ema_decay=None), stage(nimg=50))
+    assert again[:5] == again[10:]
+    assert again[5:10] == [0.0] * 5
 
 
 def test_position_finds_the_stage():
-    from shoestring.config import RunConfig
-
     config = RunConfig(name="r", stages=(stage(nimg=95, name="a"), stage(nimg=50, name="b")))
     assert config.nimg == 150  # 95 images are ten whole batches
     found = [position(config, nimg) for nimg in (0, 90, 100, 140, 150)]

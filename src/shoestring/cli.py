@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from shoestring import recipes
 from shoestring.config import RunConfig, apply_overrides, to_yaml
-from shoestring.runtime import TrainingFailed, UserError, keep_freed_memory, pick_device
+from shoestring.runtime import TrainingFailed, UserError, keep_freed_memory, pick_device, say
 
 INTERRUPTED = 130
 FAILED = 1
@@ -29,25 +30,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-recipes_app = typer.Typer(help="List and show recipes.", no_args_is_help=True)
+recipes_app = typer.Typer(help="List recipes; with show NAME, print one whole.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 
 Recipe = Annotated[str, typer.Argument(help="name of a recipe (see: shoestring recipes list) or a YAML file")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="settings to change")
 ]
-Out = Annotated[Path | None, typer.Option(help="run folder [default: runs/NAME]")]
+Out = Annotated[
+    Path | None, typer.Option(help="run folder [default: runs/NAME, or runs/NAME-FOLDER for own pictures]")
+]
 
 
 def _folder(config: RunConfig, out: Path | None) -> Path:
-    return out if out is not None else Path("runs") / config.name
+    """The run folder; a run on somebody's own pictures does not get in the way of the recipe's own."""
+    if out is not None:
+        return out
+    own = config.data.path if config.data.source == "folder" else None
+    return Path("runs") / (config.name if own is None else f"{config.name}-{Path(own).resolve().name}")
 
 
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None, out: Out = None) -> None:
     """Train a model; interrupted, the same command goes on.
 
-    Your own pictures: shoestring train demo data.source=folder data.path=my_pics --out runs/mine
+    Your own pictures: shoestring train demo data.source=folder data.path=my_pics
     """
     from shoestring.training.loop import train as run
 
@@ -55,17 +62,15 @@ def train(recipe: Recipe, overrides: Overrides = None, out: Out = None) -> None:
     folder = _folder(config, out)
     if not run(config, folder, console):
         raise typer.Exit(INTERRUPTED)
-    console.print(
-        f'Done: {folder}. Draw with: shoestring sample {folder} --prompt "..."',
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f'Done: {folder}. Draw with: shoestring sample {folder} --prompt "..."')
 
 
 @app.command()
 def demo(
-    overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option(help="demo, demo-shapes or another recipe")] = "demo",
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [KEY.SUB=VALUE]...", help="recipe or YAML file [default: demo]"),
+    ] = None,
     out: Out = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="seconds instead of minutes: a check, not a model")
@@ -75,7 +80,9 @@ def demo(
     from shoestring.studies.demo import quick as shortened
     from shoestring.studies.demo import run_demo
 
-    config = recipes.resolve(recipe, overrides or [])
+    words = words or []
+    named = bool(words) and "=" not in words[0]
+    config = recipes.resolve(words[0] if named else "demo", words[named:])
     if quick:
         config = shortened(config)
     if not run_demo(config, _folder(config, out), console):
@@ -116,7 +123,8 @@ def sample(
     changes = list(overrides or [])
     for name, value in (("steps", steps), ("guidance", guidance), ("sampler", sampler)):
         if value is not None:
-            changes.append(f"sampling.{name}={value}")
+            finite = isinstance(value, str) or math.isfinite(value)
+            changes.append(f"sampling.{name}={value if finite else f'.{value}'}")  # YAML writes .nan
     for change in changes:
         if not change.startswith("sampling."):
             raise UserError(f"{change!r} cannot be changed when sampling; settings begin with sampling.")
@@ -144,14 +152,21 @@ def retrieval(
     from shoestring.studies.demo import recompute_retrieval
 
     for key, value in recompute_retrieval(run, samples or run / "samples").items():
-        console.print(f"{key}: {value:g}", highlight=False)
+        say(console, f"{key}: {value:g}")
+
+
+@recipes_app.callback()
+def list_unless_asked(context: typer.Context) -> None:
+    """List recipes; with show NAME, print one whole."""
+    if context.invoked_subcommand is None:
+        list_recipes()
 
 
 @recipes_app.command("list")
 def list_recipes() -> None:
     """All recipes, a line each."""
     for name in recipes.names():
-        console.print(f"{name:22}{recipes.describe(name).splitlines()[0]}", highlight=False, soft_wrap=True)
+        say(console, f"{name:22}{recipes.describe(name).splitlines()[0]}")
 
 
 @recipes_app.command("show")
@@ -161,20 +176,16 @@ def show_recipe(recipe: Recipe, overrides: Overrides = None) -> None:
     print(to_yaml(recipes.resolve(recipe, overrides or []), header))
 
 
-def _say(error: Exception) -> None:
-    Console(stderr=True).print(f"shoestring: {error}", highlight=False, markup=False, soft_wrap=True)
-
-
 def main() -> None:
     """Entry point of the command ``shoestring``."""
     keep_freed_memory()
     try:
         app()
     except UserError as error:
-        _say(error)
+        say(Console(stderr=True), f"shoestring: {error}")
         sys.exit(USER_MISTAKE)
     except TrainingFailed as error:
-        _say(error)
+        say(Console(stderr=True), f"shoestring: {error}")
         sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

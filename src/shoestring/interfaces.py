@@ -45,10 +45,6 @@ class NoiseLevel:
         """Both scales shaped ``B 1 1 1``, to multiply images with."""
         return self.alpha_B[:, None, None, None], self.sigma_B[:, None, None, None]
 
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """Both scales shaped ``B 1 1``, to multiply tokens with."""
-        return self.alpha_B[:, None, None], self.sigma_B[:, None, None]
-
 
 @dataclass(frozen=True)
 class Conditioning:

@@ -12,7 +12,7 @@ import torch
 
 from shoestring.config.schema import ModelConfig
 from shoestring.models.layers import TimeEmbedding
-from shoestring.models.microdit import attention_width, expert_width, swiglu_width
+from shoestring.models.microdit import attention_width, expert_width, has_experts, swiglu_width
 from shoestring.tensors import visible_count
 
 
@@ -54,13 +54,12 @@ def model_flops(
     macs: float = caption + 3 * d * d + visible * d * patch_values + 2 * d * d
 
     qkv, ffn = model.per_block("qkv_multipliers"), model.per_block("ffn_multipliers")
-    experts = model.experts
     for i in range(model.depth):
-        expert = experts.count > 0 and (i + 1) % experts.every == 0 and i < model.depth - 1
+        expert = has_experts(model, i)
         macs += _block_macs(model, d, qkv[i], ffn[i], expert, visible, s)
     mixer = model.mixer
     for i in range(mixer.depth):
-        expert = experts.count > 0 and (i + 1) % experts.every == 0 and i >= 1
+        expert = has_experts(model, i, mixer=True)
         macs += _block_macs(model, mixer.dim, mixer.qkv_multiplier, mixer.ffn_multiplier, expert, tokens, s)
     if mixer.depth and mixer.dim != d:
         macs += (tokens + visible + s) * d * mixer.dim

@@ -13,6 +13,7 @@ from threading import Barrier
 from typing import IO, Any, TypeVar
 
 import torch
+from rich.console import Console
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,10 +67,17 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} is not available here; try auto or cpu") from error
+        usable = device.type != "meta" and torch.zeros(1, device=device).item() == 0
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable:
+        raise UserError(f"device: {name!r} is not available here; try auto or cpu")
     return device
+
+
+def say(console: Console, text: str) -> None:
+    """Print a sentence as it is: no markup (paths and captions may hold brackets), no colours, no breaks."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -140,8 +139,3 @@ def masked_mean(
         return values_BSD.mean(dim=1)
     weight_BS1 = mask_BS[:, :, None].to(values_BSD.dtype)
     return (values_BSD * weight_BS1).sum(dim=1) / weight_BS1.sum(dim=1).clamp(min=1)
-
-
-def all_indices(batch: int, length: int, device: torch.device) -> Int[Tensor, "B L"]:
-    """The indices 0..L-1 for every sample: what "all patches are visible" means."""
-    return torch.arange(length, device=device).expand(batch, length)

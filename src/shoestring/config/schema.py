@@ -103,6 +103,11 @@ class ModelConfig(Frozen):
                 raise ValueError(
                     f"{name} has {len(values)} values; their number must divide depth ({self.depth})"
                 )
+            smallest = min((values.first, values.last) if isinstance(values, Ramp) else values)
+            if self.dim * smallest < 2:
+                raise ValueError(
+                    f"{name} goes down to {smallest}; it must be at least {2 / self.dim:g} (2 / dim)"
+                )
         return self
 
     def per_block(self, name: Literal["qkv_multipliers", "ffn_multipliers"]) -> tuple[float, ...]:
@@ -258,7 +263,7 @@ class LoggingConfig(Frozen):
 class RunConfig(Frozen):
     """A whole run."""
 
-    name: str = setting("name of the run; runs/NAME is its folder", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = setting("name of the run; runs/NAME is its folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = setting("seed of every random stream", 0, ge=0)
     device: str = setting("auto, cpu, cuda, cuda:1, mps", "auto")
     precision: Literal["bf16", "fp32"] = setting("bf16 autocast over fp32 weights, or fp32", "bf16")

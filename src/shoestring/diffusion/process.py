@@ -166,7 +166,7 @@ class FlowProcess(Process):
         return Coefficients(
             skip_B=1 / total_B,
             out_B=-level.sigma_B / total_B,
-            in_B=torch.ones_like(total_B),
+            in_B=1 / total_B,
             time_B=self.time_scale * level.sigma_B / total_B,
         )
 

@@ -18,12 +18,10 @@ from torch import Tensor
 from shoestring.evaluation.distances import finite_rows, wilson_interval
 from shoestring.interfaces import FeatureExtractor
 from shoestring.runtime import UserError
+from shoestring.sampling.generate import PNG_KEY
 from shoestring.tensors import Bool, UInt8
 
 NEAR_COPY_RMS = 0.05
-
-METADATA_KEY = "shoestring"
-"""Key of the PNG text that holds a sample's parameters as JSON, among them ``prompt`` and ``seed``."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ def _read_sample(path: Path, size: tuple[int, int]) -> tuple[str | None, Tensor]
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             found = picture.size
-            caption = _caption(picture.info.get(METADATA_KEY))
+            caption = _caption(picture.info.get(PNG_KEY))
             if caption is not None and found == size:
                 return caption, torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

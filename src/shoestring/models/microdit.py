@@ -67,6 +67,12 @@ def expert_width(dim: int, multiplier: float, multiple_of: int) -> int:
     return _round_up(int(dim * multiplier), multiple_of)
 
 
+def has_experts(config: ModelConfig, index: int, mixer: bool = False) -> bool:
+    """Whether a block has experts: every n-th, but never the backbone's last nor the mixer's first."""
+    allowed = index >= 1 if mixer else index < config.depth - 1
+    return config.experts.count > 0 and (index + 1) % config.experts.every == 0 and allowed
+
+
 class Block(nn.Module):
     """Self-attention and feed-forward, modulated and gated by the condition; between them cross-attention."""
 
@@ -161,16 +167,15 @@ class MicroDiT(nn.Module):
         self._tables: dict[tuple[Any, ...], Tensor] = {}
 
     def _backbone(self) -> Iterator[Block]:
-        config, every = self.config, self.config.experts.every
+        config = self.config
         qkv, ffn = config.per_block("qkv_multipliers"), config.per_block("ffn_multipliers")
         for i in range(config.depth):
-            expert = config.experts.count > 0 and (i + 1) % every == 0 and i < config.depth - 1
-            yield Block(config, config.dim, qkv[i], ffn[i], expert)
+            yield Block(config, config.dim, qkv[i], ffn[i], has_experts(config, i))
 
     def _mixer(self) -> Iterator[Block]:
-        config, mixer, every = self.config, self.config.mixer, self.config.experts.every
+        config, mixer = self.config, self.config.mixer
         for i in range(mixer.depth):
-            expert = config.experts.count > 0 and (i + 1) % every == 0 and i >= 1
+            expert = has_experts(config, i, mixer=True)
             yield Block(config, mixer.dim, mixer.qkv_multiplier, mixer.ffn_multiplier, expert)
 
     def positions(self, grid: tuple[int, int], like: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ def _strip(name: str) -> str:
 def load_released(model: MicroDiT, tensors: Mapping[str, Tensor], where: str = "released weights") -> None:
     """Load released weights, whatever their prefixes; position tables of any square grid.
 
-    The file's own position table is kept (training under bf16 buffers may have rounded it).
+    The file's own position table is kept (training under bf16 buffers may have rounded it); the model's
+    ``position_scale`` becomes that of the table (1 at 256 pixels, 2 at 512), for grids of other shapes.
 
     Args:
         model: a network of the same shape; changed only if everything fits.
@@ -88,13 +89,19 @@ def load_released(model: MicroDiT, tensors: Mapping[str, Tensor], where: str = "
     table = named.pop("pos_embed", None)
     named.pop("mask_token", None)
     if table is not None:
-        side = round(table.shape[1] ** 0.5)
+        side = round(table.shape[1] ** 0.5) if table.ndim == 3 else 0
         if table.ndim != 3 or side * side != table.shape[1] or table.shape[2] != model.config.dim:
             raise UserError(
                 f"{where}: pos_embed has shape {list(table.shape)}; it must be [1, side * side, "
                 f"{model.config.dim}]"
             )
-        named["pos_embed"] = table.float()
+        named["pos_embed"] = table = table.float()
+        model.position_scale = min(
+            (1.0, 2.0, 4.0),
+            key=lambda scale: (
+                (sincos_positions(model.config.dim, (side, side), scale) - table[0].cpu()).abs().max().item()
+            ),
+        )
     load_weights(model, named, where)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 from shoestring.config import RunConfig, SamplingConfig
-from shoestring.runtime import UserError
+from shoestring.runtime import UserError, atomic_write, say
 from shoestring.sampling.generate import (
     Pipeline,
     batches,
@@ -125,7 +126,7 @@ def run_sample(
         animation = job.out / f"denoising-seed{seed}.gif"
         _save_gif(animation, [torch.cat(step) for step in zip(*frames, strict=True)], columns, zoom)
         message += f", the denoising in {animation}"
-    console.print(message, highlight=False, soft_wrap=True)
+    say(console, message)
 
 
 def _keep(steps: list[Tensor], _: int, pictures: Tensor) -> None:
@@ -182,4 +183,8 @@ def _save_gif(path: Path, steps: list[Tensor], columns: int, zoom: int) -> None:
     sheets = [picture_grid(pictures, columns, zoom) for pictures in steps]
     frames = [sheet.convert("P", palette=Image.Palette.ADAPTIVE) for sheet in sheets]
     duration = [GIF_FRAME_MS] * (len(frames) - 1) + [GIF_LAST_MS]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+
+    def write(file: IO[bytes]) -> None:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+
+    atomic_write(path, write)

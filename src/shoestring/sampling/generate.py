@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +20,18 @@ from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import Conditioning, Denoiser, ImageCodec, TextEncoder
 from shoestring.models.files import load_model
-from shoestring.runtime import PRECISIONS, UserError, Workers, default_workers, stream
+from shoestring.runtime import PRECISIONS, UserError, Workers, atomic_write, default_workers, stream
 from shoestring.sampling.guidance import GuidedDenoiser
 from shoestring.sampling.solvers import SOLVERS, OnStep
 from shoestring.tensors import Float, UInt8
+
+PNG_KEY = "shoestring"
+"""Key of the PNG text that holds a picture's parameters as JSON, among them ``prompt`` and ``seed``."""
 
 
 def initial_noise(seed: int, images: Sequence[int], shape: tuple[int, int, int]) -> Float[Tensor, "B C H W"]:
     """Standard normal noise; that of one picture depends on (seed, its number) and not on the batch."""
     return torch.stack([torch.randn(shape, generator=stream(seed, "sample", i)) for i in images])
-
-
-def check_sampling(sampling: SamplingConfig) -> None:
-    """Refuse what the configuration's types allow but sampling does not: a guidance that is not a number."""
-    if not math.isfinite(sampling.guidance):
-        raise UserError(f"guidance is {sampling.guidance}; it must be a finite number, e.g. 3")
 
 
 @torch.no_grad()
@@ -89,8 +87,11 @@ class Pipeline:
     workers: Workers
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Caption embeddings on the pipeline's device."""
-        text_BSD, mask_BS = self.text_encoder(texts)
+        """Caption embeddings on the pipeline's device; an empty text is the empty caption of training."""
+        captions = Conditioning(*self.text_encoder(texts))
+        captions = captions.drop(torch.tensor([not text.strip() for text in texts]))
+        text_BSD, mask_BS = captions.text_BSD, captions.text_mask_BS
+        assert mask_BS is not None
         # Nobody attends to padding beyond the longest caption where captions are masked.
         longest = int(mask_BS.sum(1).max()) if self.config.model.mask_captions else mask_BS.shape[1]
         longest = max(1, longest)
@@ -122,7 +123,6 @@ class Pipeline:
         Returns:
             Pixels, on the CPU.
         """
-        check_sampling(sampling)
         prompts = list(prompts)
         side = self.resolution // self.codec.downsampling
         noise = initial_noise(seed, images, (self.codec.channels, side, side)).to(self.device)
@@ -179,7 +179,9 @@ def find_model(path: Path) -> Path:
         raise UserError(
             f"{path} does not exist; give a run folder, a checkpoint folder or a .safetensors file"
         )
-    checkpoints = sorted(p for p in path.glob("checkpoints/*") if p.name.isdigit())
+    checkpoints = sorted(
+        (p for p in path.glob("checkpoints/*") if p.name.isdigit()), key=lambda p: int(p.name)
+    )
     for folder in [path, *reversed(checkpoints)]:
         for name in ("ema.safetensors", "weights.safetensors"):
             if (folder / name).is_file():
@@ -187,13 +189,12 @@ def find_model(path: Path) -> Path:
     raise UserError(f"{path} holds no checkpoint; train first, or give a .safetensors file")
 
 
-def load_pipeline(path: Path, device: torch.device, precision: str | None = None) -> Pipeline:
+def load_pipeline(path: Path, device: torch.device) -> Pipeline:
     """Load a model with its codec and text encoder.
 
     Args:
         path: run folder, checkpoint folder or model file.
         device: where to run.
-        precision: ``bf16`` or ``fp32``; ``None`` as trained.
 
     Returns:
         The pipeline.
@@ -203,8 +204,8 @@ def load_pipeline(path: Path, device: torch.device, precision: str | None = None
     """
     config, network, facts = load_model(find_model(path))
     process = build_process(config.process, facts.sigma_data)
-    denoiser = process.denoiser(network.to(device), PRECISIONS[precision or config.precision])
-    codec, encoder = build_codec(config.data), build_text_encoder(config.data)
+    denoiser = process.denoiser(network.to(device), PRECISIONS[config.precision])
+    codec, encoder = build_codec(config.data, device), build_text_encoder(config.data, device)
     workers = Workers(default_workers(device))
     return Pipeline(config, denoiser, process, codec, encoder, device, facts.resolution, facts.nimg, workers)
 
@@ -242,13 +243,8 @@ def read_pixels(path: Path) -> UInt8[Tensor, "3 H W"]:
 def save_png(path: Path, picture: Image.Image, parameters: dict[str, object]) -> None:
     """Write a PNG with how it was made in its metadata (text chunk ``shoestring``, JSON)."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("shoestring", json.dumps(parameters))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        picture.save(path, pnginfo=info)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    info.add_text(PNG_KEY, json.dumps(parameters))
+    atomic_write(path, partial(picture.save, format="PNG", pnginfo=info))
 
 
 def picture_grid(pictures: UInt8[Tensor, "B 3 H W"], columns: int, zoom: int = 1) -> Image.Image:

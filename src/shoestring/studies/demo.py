@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from shoestring import __version__
 from shoestring.config import RunConfig, load_yaml, to_yaml
 from shoestring.data.oracle import satisfies
 from shoestring.data.shapes import single_shape_prompts
@@ -30,6 +33,7 @@ from shoestring.models.files import build_network
 from shoestring.models.microdit import parameter_counts
 from shoestring.runtime import pick_device, write_text
 from shoestring.sampling.generate import (
+    PNG_KEY,
     Pipeline,
     batches,
     load_pipeline,
@@ -103,7 +107,7 @@ def _is_drawn(path: Path, parameters: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     with Image.open(path) as picture:
-        return picture.info.get("shoestring") == json.dumps(parameters)
+        return picture.info.get(PNG_KEY) == json.dumps(parameters)
 
 
 def feature_metrics(splits: Splits, drawn: Drawn, samples: Path) -> dict[str, float]:
@@ -217,6 +221,7 @@ def _machine(config: RunConfig, device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "torch": str(torch.__version__),
         "seed": str(config.seed),
+        "commit": _commit(),
     }
 
 
@@ -273,6 +278,25 @@ def run_demo(config: RunConfig, folder: Path, console: Console) -> bool:
     return True
 
 
+def _sample_command(folder: Path, caption: str) -> str:
+    return f"shoestring sample {shlex.quote(str(folder))} --prompt {shlex.quote(caption)}"
+
+
+def _commit() -> str:
+    """The commit of a source checkout, with a mark if it was changed since; of a wheel, the version."""
+    root = Path(__file__).resolve().parents[3]
+    try:
+        found = subprocess.run(  # noqa: S603
+            ["git", "-C", str(root), "describe", "--always", "--dirty"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {__version__}"
+    return found.stdout.strip()
+
+
 def _report_data(
     config: RunConfig,
     folder: Path,
@@ -285,7 +309,7 @@ def _report_data(
     frames = sorted((folder / "progress").glob("*.png"))
     history = [(int(frame.stem), Image.open(frame).convert("RGB")) for frame in frames]
     with Image.open(frames[-1]) as last:
-        history_captions = json.loads(last.info["shoestring"])["prompts"]
+        history_captions = json.loads(last.info[PNG_KEY])["prompts"]
     pictures = [
         (p, to_pil(x), i < seen) for i, (p, x) in enumerate(zip(shown.prompts, shown.pictures, strict=True))
     ]
@@ -297,8 +321,8 @@ def _report_data(
             f"({config.data.source}, {pipeline.resolution} x {pipeline.resolution} pixels)."
         ),
         prompts=pictures,
-        sample_command=f'shoestring sample {folder} --prompt "{shown.prompts[0]}"',
-        train_command=f"shoestring train {config.name} data.source=folder data.path=my_pics --out runs/mine",
+        sample_command=_sample_command(folder, shown.prompts[0]),
+        train_command=f"shoestring train {config.name} data.source=folder data.path=my_pics",
         config_yaml=to_yaml(config),
         log=read_log(folder),
         metrics=metrics,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from shoestring.config import RunConfig
-from shoestring.models.files import ModelFacts, load_model, save_model
+from shoestring.models.files import ModelFacts, load_model, load_weights, save_model
 from shoestring.runtime import UserError
 from shoestring.training.step import Learner
 
@@ -119,8 +119,6 @@ def load_checkpoint(folder: Path, learner: Learner) -> tuple[Counters, ModelFact
             f"{folder / STATE} is damaged or belongs to another run ({str(error).splitlines()[0]}); delete "
             f"the folder {folder.name} to go on from the checkpoint before"
         ) from error
-    learner.model.load_state_dict(trained.state_dict())
+    load_weights(learner.model, dict(trained.state_dict()), str(folder / WEIGHTS))
     learner.ema.load_state_dict(dict(average.named_parameters()))
-    if trained.pos_embed is not None:
-        learner.model.pos_embed = trained.pos_embed
     return counters, facts

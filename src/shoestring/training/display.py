@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from shoestring.runtime import write_text
+from shoestring.runtime import UserError, say, write_text
 
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal a line is printed this often."""
@@ -66,14 +69,13 @@ class LiveLine:
             self.live.update(Text(line))
         elif time.monotonic() - self._printed_s > PLAIN_INTERVAL_S:
             self._printed_s = time.monotonic()
-            self.console.print(line, highlight=False, soft_wrap=True)
+            say(self.console, line)
 
 
 class RunLog:
     """``log.jsonl`` and, where installed and wanted, TensorBoard.
 
-    After an interruption the log is cut back to the checkpoint that training goes on from, so that it
-    reads like that of an undisturbed run.
+    After an interruption the log is cut back to the checkpoint that training goes on from.
 
     Args:
         folder: run folder.
@@ -95,28 +97,91 @@ class RunLog:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=nimg + 1)
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
-        """Append a row; its numbers become TensorBoard curves over images seen."""
-        self.file.write(json.dumps({"kind": kind} | row) + "\n")
-        if self.board is None:
-            return
-        for key, value in row.items():
-            if isinstance(value, int | float) and key != "nimg":
-                self.board.add_scalar(f"{kind}/{key}", value, row["nimg"])
+        """Append a row; its numbers become TensorBoard curves over images seen.
+
+        Args:
+            kind: ``train`` or ``validation``.
+            row: what to write; ``nimg`` must be among it.
+
+        Raises:
+            UserError: if the disk is full.
+        """
+        try:
+            self.file.write(json.dumps({"kind": kind} | row) + "\n")
+            for key, value in row.items() if self.board is not None else ():
+                if isinstance(value, int | float) and key != "nimg":
+                    self.board.add_scalar(f"{kind}/{key}", value, row["nimg"])
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.file.name} ({error.strerror}); free some space and give the same "
+                "command again: it goes on from the newest checkpoint"
+            ) from error
 
     def close(self) -> None:
-        """Flush and close."""
-        self.file.close()
+        """Flush and close; what cannot be flushed was reported when it was written."""
+        with contextlib.suppress(OSError):
+            self.file.close()
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError):
+                self.board.close()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """All rows of a run's log; a last line cut off by a crash is passed over."""
+    """All rows of a run's log; whatever else a crash left in the file is passed over."""
     rows = []
     path = folder / "log.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and {"kind", "nimg"} <= row.keys():
+            rows.append(row)
     return rows
+
+
+class Rate:
+    """Images per second and mean loss since the last log line, and time spent training in all.
+
+    Args:
+        before_s: time spent in earlier sittings.
+    """
+
+    def __init__(self, before_s: float) -> None:
+        self._before_s = before_s
+        self._start_s = self._since_s = time.perf_counter()
+        self._idle_s = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new stretch."""
+        self._since_s, self._idle_s = time.perf_counter(), 0.0
+        self._images, self._steps, self._loss = 0, 0, 0.0
+
+    def step(self, images: int, loss: float) -> None:
+        """Count one step."""
+        self._images += images
+        self._steps += 1
+        self._loss += loss
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count against the rate, but does count as time spent."""
+        start_s = time.perf_counter()
+        yield
+        self._idle_s += time.perf_counter() - start_s
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the stretch."""
+        return self._loss / max(1, self._steps)
+
+    @property
+    def images_per_s(self) -> float:
+        """Rate of the stretch."""
+        return self._images / max(1e-9, time.perf_counter() - self._since_s - self._idle_s)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of this and all earlier sittings."""
+        return self._before_s + time.perf_counter() - self._start_s

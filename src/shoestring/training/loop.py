@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,12 +35,13 @@ from shoestring.runtime import (
     Workers,
     default_workers,
     pick_device,
+    say,
     stream,
     write_text,
 )
 from shoestring.sampling.generate import Pipeline, picture_grid, save_png
 from shoestring.training.checkpoint import Counters, checkpoint_folders, load_checkpoint, save_checkpoint
-from shoestring.training.display import LiveLine, RunLog, status_line
+from shoestring.training.display import LiveLine, Rate, RunLog, status_line
 from shoestring.training.ema import EMA
 from shoestring.training.folder import check_same_run, locked, remember
 from shoestring.training.optim import Optimizers
@@ -134,14 +136,29 @@ class Run:
             )
             held_out = prepare(some, self.codec, self.text_encoder) if len(some) else None
         rejected = splits.train.rejected
-        self.console.print(
+        self._check_same_data(splits)
+        say(
+            self.console,
             f"{data.source}: {len(train):,} pictures with {len(train.captions):,} captions to train on, "
             f"{len(splits.held_out):,} held out, {len(rejected):,} left out"
-            + (f" (listed in {self.folder / 'rejected.txt'})" if rejected else "")
+            + (f" (listed in {self.folder / 'rejected.txt'})" if rejected else ""),
         )
         if rejected:
             write_text(self.folder / "rejected.txt", "".join(f"{r.item}\t{r.reason}\n" for r in rejected))
         return StageData(train, held_out, stage.resolution)
+
+    def _check_same_data(self, splits: Splits) -> None:
+        """Refuse to go on with other pictures: order, split and sigma_data would change in the middle."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (splits.train, splits.held_out):
+            digest.update(json.dumps(part.captions).encode())
+            digest.update(part.images.contiguous().numpy().tobytes())
+        key = f"data_digest_{splits.train.images.shape[-1]}"
+        if remember(self.folder / "machine.json", key, digest.hexdigest) != digest.hexdigest():
+            raise UserError(
+                f"the pictures or captions of data.source={self.config.data.source} are not those that the run "
+                f"in {self.folder} began with; put them back, or train anew in another folder (--out)"
+            )
 
     def _peak_flops(self) -> float:
         """The machine's matmul peak: measured once, kept in the run folder."""
@@ -166,7 +183,7 @@ class Run:
         """
         self._resume()
         self.log = RunLog(self.folder, self.counters.nimg, self.config.logging.tensorboard)
-        self._rate = Rate(self.counters)
+        self._rate = Rate(self.counters.elapsed_s)
         try:
             with self._signals(), LiveLine(self.console) as line:
                 while (here := position(self.config, self.counters.nimg)) is not None and not self.stopped:
@@ -175,8 +192,9 @@ class Run:
                     self._every_so_often(here)
             if self.stopped:
                 self._save()
-                self.console.print(
-                    f"Stopped at image {self.counters.nimg:,}; the same command goes on from there."
+                say(
+                    self.console,
+                    f"Stopped at image {self.counters.nimg:,}; the same command goes on from there.",
                 )
         finally:
             self.log.close()
@@ -184,10 +202,18 @@ class Run:
         return not self.stopped
 
     def _resume(self) -> None:
-        for folder in reversed(checkpoint_folders(self.folder)):
-            self.counters, facts = load_checkpoint(folder, self.learner)
+        folders = checkpoint_folders(self.folder)
+        for folder in reversed(folders):
+            try:
+                self.counters, facts = load_checkpoint(folder, self.learner)
+            except UserError as error:
+                if folder == folders[0]:
+                    raise
+                say(self.console, f"{error}; it is set aside as {folder.name}.damaged")
+                folder.rename(folder.with_name(f"{folder.name}.damaged"))
+                continue
             self.learner.model.position_scale = facts.position_scale
-            self.console.print(f"Going on from image {self.counters.nimg:,} ({folder})")
+            say(self.console, f"Going on from image {self.counters.nimg:,} ({folder})")
             return
 
     def _enter_stage(self, here: Position) -> None:
@@ -218,7 +244,7 @@ class Run:
 
     def _conditioning(self, text_BSD: torch.Tensor, mask_BS: torch.Tensor) -> Conditioning:
         """Captions on the device, cut to the longest where padding is not attended."""
-        if self.config.model.mask_captions:
+        if self.config.model.mask_captions and not self.config.compile:  # compiled once for each length
             longest = int(mask_BS.sum(1).max())
             text_BSD, mask_BS = text_BSD[:, :longest], mask_BS[:, :longest]
         return Conditioning(text_BSD.to(self.device), mask_BS.to(self.device))
@@ -227,13 +253,13 @@ class Run:
         stage, done = here.stage, here.done_nimg
         lr, ratio = learning_rate(stage, done), mask_ratio(stage, done)
         try:
-            loss, norm = train_step(self.learner, self._batch(here), stage, lr, ratio, ema_decay(stage, done))
+            loss, norm = train_step(self.learner, self._batch(here), stage, lr, ratio, ema_decay(here))
         except NonFiniteLoss as error:
             kept = checkpoint_folders(self.folder)
             raise TrainingFailed(
                 f"training stopped at image {self.counters.nimg:,} (stage {stage.name!r}): {error}; "
                 + (f"the last good checkpoint is {kept[-1]}; " if kept else "no checkpoint was written yet; ")
-                + f"lower the learning rate (stages.{here.index}.lr) or the clip norm and start again"
+                + f"start again in another folder (--out) with a lower stages.{here.index}.lr or clip_norm"
             ) from error
         self.counters.nimg += stage.batch
         self.counters.step += 1
@@ -369,49 +395,6 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Rate:
-    """Images per second and mean loss since the last log line, and time spent training in all."""
-
-    def __init__(self, counters: Counters) -> None:
-        self._before_s = counters.elapsed_s
-        self._start_s = self._since_s = time.perf_counter()
-        self._idle_s = 0.0
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin a new stretch."""
-        self._since_s, self._idle_s = time.perf_counter(), 0.0
-        self._images, self._steps, self._loss = 0, 0, 0.0
-
-    def step(self, images: int, loss: float) -> None:
-        """Count one step."""
-        self._images += images
-        self._steps += 1
-        self._loss += loss
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside does not count against the rate, but does count as time spent."""
-        start_s = time.perf_counter()
-        yield
-        self._idle_s += time.perf_counter() - start_s
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the stretch."""
-        return self._loss / max(1, self._steps)
-
-    @property
-    def images_per_s(self) -> float:
-        """Rate of the stretch."""
-        return self._images / max(1e-9, time.perf_counter() - self._since_s - self._idle_s)
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of this and all earlier sittings."""
-        return self._before_s + time.perf_counter() - self._start_s
 
 
 def train(config: RunConfig, folder: Path, console: Console) -> bool:

@@ -89,10 +89,10 @@ class Muon(torch.optim.Optimizer):
         assert closure is None, "closures are not supported"
         pieces: list[tuple[list[Tensor], dict[str, Any]]] = []
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[p.shape[-2:]].append(p)
+                    by_shape[p.ndim, *p.shape[-2:]].append(p)
             for params in by_shape.values():
                 n = self.workers.count
                 pieces += [(params[i::n], group) for i in range(n) if params[i::n]]
@@ -112,7 +112,9 @@ class Muon(torch.optim.Optimizer):
         stacked = torch.cat([u.reshape(-1, rows, columns) for u in nesterov])
         orthogonal = orthogonalize(stacked, group["ns_steps"])
         if group["adjust"] == "original":
-            scale = max(1.0, rows / columns) ** 0.5
+            # Linear weights are (out, in), stacked expert weights (in, out).
+            outputs, inputs = (columns, rows) if params[0].ndim == 3 else (rows, columns)
+            scale = max(1.0, outputs / inputs) ** 0.5
         else:
             scale = 0.2 * max(rows, columns) ** 0.5
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

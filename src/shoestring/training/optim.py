@@ -11,7 +11,7 @@ from shoestring.config.schema import OptimizerConfig
 from shoestring.models.layers import AdaLN
 from shoestring.models.microdit import Block
 from shoestring.models.moe import ExpertChoice
-from shoestring.runtime import Workers
+from shoestring.runtime import UserError, Workers
 from shoestring.training.muon import Muon
 
 
@@ -54,7 +54,10 @@ class Optimizers:
         by_role: dict[str, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             by_role.setdefault(roles[name], []).append(parameter)
-        self.sizes = {role: sum(p.numel() for p in group) for role, group in by_role.items()}
+        if config.expert_lr_scale != 1 and "expert" not in by_role:
+            raise UserError(
+                f"optimizer.expert_lr_scale is {config.expert_lr_scale}, but this model has no experts; set it to 1"
+            )
         muon_roles = {"block_matrix", "expert"} if config.kind == "muon" else set()
         adam_groups, muon_groups = [], []
         for role, parameters in by_role.items():

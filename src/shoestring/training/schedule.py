@@ -21,16 +21,21 @@ class Position:
     """Images seen when the stage began."""
     done_nimg: int
     """Images seen within the stage."""
+    averaged_nimg: int
+    """Images of earlier stages over which the weight average already ran without a break."""
 
 
 def position(config: RunConfig, nimg: int) -> Position | None:
     """The stage after ``nimg`` images, or ``None`` when all are done."""
-    start = 0
+    start = averaged = 0
     for index, stage in enumerate(config.stages):
         length = stage.steps * stage.batch
+        if stage.ema_decay is None or stage.ema_start_nimg > 0:
+            averaged = -stage.ema_start_nimg
         if nimg < start + length:
-            return Position(index, stage, start, nimg - start)
+            return Position(index, stage, start, nimg - start, averaged)
         start += length
+        averaged = 0 if stage.ema_decay is None else averaged + length
     return None
 
 
@@ -57,18 +62,19 @@ def mask_ratio(stage: StageConfig, done_nimg: int) -> float:
         return stage.mask_ratio
     progress = done_nimg / max(1, (stage.steps - 1) * stage.batch)
     ratio = stage.mask_ratio + (stage.mask_ratio_end - stage.mask_ratio) * min(1.0, progress)
-    return round(ratio * MASK_STEPS) / MASK_STEPS
+    return min(MASK_STEPS - 1, round(ratio * MASK_STEPS)) / MASK_STEPS
 
 
-def ema_decay(stage: StageConfig, done_nimg: int) -> float:
-    """Decay of the weight average for the step after ``done_nimg`` images of the stage.
+def ema_decay(here: Position) -> float:
+    """Decay of the weight average for the next step.
 
     Zero before the start (the average is a copy of the weights). With a ramp the half-life is at most
     ``ema_rampup`` times the images seen since the start, so that early weights are soon forgotten.
 
     Source: EDM, arXiv 2206.00364, training details (half-life in images, ramp-up ratio).
     """
-    since = done_nimg + stage.batch - stage.ema_start_nimg
+    stage = here.stage
+    since = here.averaged_nimg + here.done_nimg + stage.batch
     if stage.ema_decay is None or since <= 0:
         return 0.0
     if stage.ema_rampup is None:
