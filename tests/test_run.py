@@ -143,7 +143,7 @@ def test_sample_writes_pictures_with_their_parameters(workplace, finished):
     assert made["prompt"] == "a red circle"
     assert (made["seed"], made["steps"], made["guidance"], made["nimg"]) == (0, 4, 0.5, 128)
     with Image.open(workplace / "a" / "denoising-seed0.gif") as animation:
-        assert animation.n_frames == 5
+        assert animation.n_frames == 4
     assert (workplace / "a" / "grid-seed0.png").exists()
 
 

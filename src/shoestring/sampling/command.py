@@ -116,7 +116,7 @@ def run_sample(
                 _parameters(job, prompts[i], seed, i, pipeline, sampling),
             )
         done.append(pictures)
-        frames.append([*steps, pictures])
+        frames.append(steps)  # the last step's estimate is the picture
     zoom = max(1, 128 // pipeline.resolution)
     columns = min(8, len(prompts))
     grid = job.out / f"grid-seed{seed}.png"

@@ -156,8 +156,8 @@ class Run:
         key = f"data_digest_{splits.train.images.shape[-1]}"
         if remember(self.folder / "machine.json", key, digest.hexdigest) != digest.hexdigest():
             raise UserError(
-                f"the pictures or captions of data.source={self.config.data.source} are not those that the run "
-                f"in {self.folder} began with; put them back, or train anew in another folder (--out)"
+                f"the pictures or captions of data.source={self.config.data.source} are not those that the "
+                f"run in {self.folder} began with; put them back, or train anew in another folder (--out)"
             )
 
     def _peak_flops(self) -> float:

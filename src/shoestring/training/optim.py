@@ -56,7 +56,7 @@ class Optimizers:
             by_role.setdefault(roles[name], []).append(parameter)
         if config.expert_lr_scale != 1 and "expert" not in by_role:
             raise UserError(
-                f"optimizer.expert_lr_scale is {config.expert_lr_scale}, but this model has no experts; set it to 1"
+                f"optimizer.expert_lr_scale is {config.expert_lr_scale}, but the model has no experts; use 1"
             )
         muon_roles = {"block_matrix", "expert"} if config.kind == "muon" else set()
         adam_groups, muon_groups = [], []
