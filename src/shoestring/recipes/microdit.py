@@ -63,6 +63,10 @@ def tiny2_paper() -> ModelConfig:
     )
 
 
+EIGHT_H100_USD = 30.0
+"""An hour of 8 H100 in the paper's account (published)."""
+
+
 def _data() -> DataConfig:
     """The released encoders: SDXL's autoencoder and DFN-CLIP-H, every caption position attended."""
     return DataConfig(
@@ -78,15 +82,15 @@ def _data() -> DataConfig:
     )
 
 
-def _logging() -> LoggingConfig:
-    """Intervals for hundreds of millions of images; 30 dollars an hour is the paper's price of 8 H100."""
+def _logging(usd_per_hour: float) -> LoggingConfig:
+    """Intervals for hundreds of millions of images."""
     return LoggingConfig(
         log_nimg=20 * BATCH,
         validate_nimg=2_500 * BATCH,
         validation_images=2048,
         sample_nimg=2_500 * BATCH,
         checkpoint_nimg=1_000 * BATCH,
-        usd_per_hour=30.0,
+        usd_per_hour=usd_per_hour,
     )
 
 
@@ -166,7 +170,9 @@ def _finetune_512() -> StageConfig:
     )
 
 
-def _released(name: str, model: ModelConfig, stages: tuple[StageConfig, ...]) -> RunConfig:
+def _released(
+    name: str, model: ModelConfig, stages: tuple[StageConfig, ...], usd_per_hour: float
+) -> RunConfig:
     """The optimiser, process and sampler that all released runs share."""
     return RunConfig(
         name=name,
@@ -187,7 +193,7 @@ def _released(name: str, model: ModelConfig, stages: tuple[StageConfig, ...]) ->
             expert_lr_scale=1.0,
         ),
         sampling=SamplingConfig(sampler="heun", steps=30, guidance=5.0),
-        logging=_logging(),
+        logging=_logging(usd_per_hour),
     )
 
 
@@ -210,7 +216,7 @@ def microdit_xl2() -> RunConfig:
     one of the published GPUs held.
     """
     stages = (_pretrain_256(), _finetune_256(), _pretrain_512(), _finetune_512())
-    return _released("microdit-xl2", xl2(), stages)
+    return _released("microdit-xl2", xl2(), stages, EIGHT_H100_USD)
 
 
 def microdit_tiny2() -> RunConfig:
@@ -224,7 +230,7 @@ def microdit_tiny2() -> RunConfig:
     Dollars:  210 at 3.75 for an H100-hour (predicted).
     Metric:   none known.
     """
-    return _released("microdit-tiny2", tiny2(), (_pretrain_256(), _finetune_256()))
+    return _released("microdit-tiny2", tiny2(), (_pretrain_256(), _finetune_256()), EIGHT_H100_USD / 8)
 
 
 def microdit_tiny2_paper() -> RunConfig:
@@ -250,6 +256,6 @@ def microdit_tiny2_paper() -> RunConfig:
             "ema_rampup": None,
         }
     )
-    config = _released("microdit-tiny2-paper", tiny2_paper(), (stage,))
+    config = _released("microdit-tiny2-paper", tiny2_paper(), (stage,), EIGHT_H100_USD / 8)
     optimizer = config.optimizer.model_copy(update={"weight_decay": 0.01})
     return config.model_copy(update={"optimizer": optimizer})
