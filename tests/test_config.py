@@ -68,10 +68,11 @@ stages = st.builds(
     noise=st.builds(NoiseConfig, mean=st.floats(-10, 10), std=positive),
     keep_optimizer=st.booleans(),
 )
-multipliers = st.builds(Ramp, first=positive, last=positive) | st.tuples(positive, positive)
+wide = st.floats(min_value=0.01, max_value=1e300)  # layers have at least a channel or two
+multipliers = st.builds(Ramp, first=wide, last=wide) | st.tuples(wide, wide)
 configs = st.builds(
     RunConfig,
-    name=st.from_regex(r"\A[A-Za-z0-9._-]+\Z"),
+    name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z"),
     seed=st.integers(0, 2**70),
     device=awkward | text,
     model=st.builds(ModelConfig, qkv_multipliers=multipliers, ffn_multipliers=multipliers),
