@@ -201,7 +201,7 @@ def test_position_table_of_the_file_is_used(side):
 
 
 def test_released_files_that_do_not_fit_name_the_key():
-    model, saved = MicroDiT(SMALL), to_released(randomized(SMALL), side=16)
+    model, saved = randomized(SMALL), to_released(randomized(SMALL), side=16)
     before = [p.clone() for p in model.parameters()]
     missing = {k: v for k, v in saved.items() if k != "blocks.1.mlp.w1"}
     with pytest.raises(UserError, match=r"'blocks.1.mlp.w1' is missing"):

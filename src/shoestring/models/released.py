@@ -96,13 +96,19 @@ def load_released(model: MicroDiT, tensors: Mapping[str, Tensor], where: str = "
                 f"{model.config.dim}]"
             )
         named["pos_embed"] = table = table.float()
-        model.position_scale = min(
-            (1.0, 2.0, 4.0),
-            key=lambda scale: (
-                (sincos_positions(model.config.dim, (side, side), scale) - table[0].cpu()).abs().max().item()
-            ),
-        )
     load_weights(model, named, where)
+    if table is not None:
+        model.position_scale = _table_scale(table[0].cpu(), model.config.dim)
+
+
+def _table_scale(table_LD: Tensor, dim: int) -> float:
+    """The interpolation scale that a square position table was made with."""
+    side = round(table_LD.shape[0] ** 0.5)
+
+    def distance(scale: float) -> float:
+        return (sincos_positions(dim, (side, side), scale) - table_LD).abs().max().item()
+
+    return min((1.0, 2.0, 4.0), key=distance)
 
 
 def to_released(model: MicroDiT, side: int) -> dict[str, Tensor]:
