@@ -41,7 +41,7 @@ def attend(
 ) -> Tensor:
     """Scaled dot-product attention, fused or written out.
 
-    On CPUs torch's fused kernel has a bf16 backward pass ten times slower than the written-out form
+    On CPUs torch's fused kernel has a bf16 backward pass many times slower than the written-out form
     (measured here, see EXPERIMENTS.md), hence the choice; ``auto`` takes the faster one.
 
     Args:
