@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from reference_microdit import ReferenceConfig, ReferenceMicroDiT
-from shoestring.config.schema import ModelConfig, OptimizerConfig, StageConfig
+from shoestring.config.schema import ModelConfig, OptimizerConfig, StageConfig, TokensConfig
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.microdit import MicroDiT
@@ -106,6 +106,7 @@ def build_ours(config: ModelConfig, compile_blocks: bool, workers: int) -> tuple
     process, threads = EDMProcess(SIGMA_DATA), Workers(workers)
     learner = Learner(
         model=model,
+        tokens=TokensConfig(),
         process=process,
         denoiser=process.denoiser(model, torch.bfloat16),
         optimizers=Optimizers(model, OptimizerConfig(), threads),
@@ -113,7 +114,7 @@ def build_ours(config: ModelConfig, compile_blocks: bool, workers: int) -> tuple
         workers=threads,
     )
     if compile_blocks:
-        for block in [*model.patch_mixer, *model.blocks]:
+        for block in model.all_blocks():
             # Isolated, as the limit of recompilations counts per code object and every width is one.
             block.compile(isolate_recompiles=True, dynamic=False)
 

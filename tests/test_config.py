@@ -143,7 +143,10 @@ def test_overrides_do_not_touch_the_original_and_the_last_wins() -> None:
     ("override", "sentence"),
     [
         ("model.deph=3", "unknown key 'model.deph'; did you mean 'model.depth'?"),
-        ("depth=3", "unknown key 'depth'; did you mean 'model.depth' or 'model.mixer.depth'?"),
+        (
+            "depth=3",
+            "unknown key 'depth'; did you mean 'model.depth', 'model.mixer.depth' or 'model.decoder.depth'?",
+        ),
         ("lr=1", "unknown key 'lr'; did you mean 'stages.0.lr'?"),
         ("optimizer={kid: muon}", "unknown key 'optimizer.kid'; did you mean 'optimizer.kind'?"),
         ("model.depth.x=3", "unknown key 'model.depth.x'; model.depth is a single value"),

@@ -6,9 +6,10 @@ import torch
 from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig
 from shoestring.interfaces import Conditioning
 from shoestring.models.layers import attend, sincos_positions
-from shoestring.models.microdit import MicroDiT, parameter_counts
+from shoestring.models.microdit import MicroDiT
 from shoestring.models.moe import ExpertChoice
 from shoestring.models.released import load_released, to_released
+from shoestring.models.transformer import parameter_counts
 from shoestring.planning import model_flops
 from shoestring.runtime import UserError, stream
 from shoestring.tensors import visible_from_noise
@@ -64,7 +65,7 @@ def test_every_switch_trains_every_parameter(name, ratio):
     text = Conditioning(text.text_BSD, torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool())
     length = (8 // model.patch_size) ** 2
     visible = visible_from_noise(torch.rand(2, length), ratio)
-    output = model(x, time, text, visible)
+    output = model(x, time, text, visible).visible_BKG
     kept = length if visible is None else visible.shape[1]
     assert output.shape == (2, kept, 3 * model.patch_size**2)
     output.square().sum().backward()
@@ -80,7 +81,7 @@ def test_initialisation_starts_at_zero_output_and_is_reproducible():
     b.initialize(stream(0, "init"))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     x, time, text = inputs()
-    assert (a(x, time, text) == 0).all()
+    assert (a(x, time, text).visible_BKG == 0).all()
     std = a.blocks[3].cross_attn.proj.weight.std().item()
     assert std == pytest.approx(0.02 / (2 * 4) ** 0.5, rel=0.1)
     assert a.blocks[1].mlp.w1.std().item() == pytest.approx(0.02, rel=0.1)
@@ -89,7 +90,7 @@ def test_initialisation_starts_at_zero_output_and_is_reproducible():
 @pytest.mark.parametrize("size", [(8, 8), (4, 12), (16, 8)])
 def test_any_height_and_width(size):
     x, time, text = inputs(height=size[0], width=size[1])
-    assert randomized(SMALL)(x, time, text).shape == (2, size[0] * size[1] // 4, 12)
+    assert randomized(SMALL)(x, time, text).visible_BKG.shape == (2, size[0] * size[1] // 4, 12)
 
 
 def test_positions_of_the_specification():
@@ -112,10 +113,11 @@ def test_padding_of_captions_is_invisible_where_they_are_masked():
     padded = torch.cat([text.text_BSD, torch.randn(2, 4, 8)], dim=1)
     mask = torch.arange(7)[None].expand(2, 7) < 3
     masked = randomized(SMALL.model_copy(update={"mask_captions": True}))
-    plain = masked(x, time, Conditioning(text.text_BSD, torch.ones(2, 3).bool()))
-    assert torch.allclose(masked(x, time, Conditioning(padded, mask)), plain, atol=1e-5)
+    plain = masked(x, time, Conditioning(text.text_BSD, torch.ones(2, 3).bool())).visible_BKG
+    assert torch.allclose(masked(x, time, Conditioning(padded, mask)).visible_BKG, plain, atol=1e-5)
     attends_padding = randomized(SMALL)
-    assert not torch.allclose(attends_padding(x, time, Conditioning(padded, mask)), plain, atol=1e-2)
+    seen = attends_padding(x, time, Conditioning(padded, mask)).visible_BKG
+    assert not torch.allclose(seen, plain, atol=1e-2)
 
 
 def test_visible_patches_do_not_see_dropped_ones_beyond_the_mixer():
@@ -126,16 +128,18 @@ def test_visible_patches_do_not_see_dropped_ones_beyond_the_mixer():
     pixels = kept.repeat_interleave(2, 2).repeat_interleave(2, 3)
     changed = torch.where(pixels, x, x + 1)
     naive = randomized(SMALL.model_copy(update=VARIANTS["no mixer"]))
-    assert torch.equal(naive(x, time, text, visible), naive(changed, time, text, visible))
+    seen = [naive(image, time, text, visible).visible_BKG for image in (x, changed)]
+    assert torch.equal(*seen)
     deferred = randomized(SMALL)
-    assert not torch.allclose(deferred(x, time, text, visible), deferred(changed, time, text, visible))
+    seen = [deferred(image, time, text, visible).visible_BKG for image in (x, changed)]
+    assert not torch.allclose(*seen)
 
 
 def test_order_of_visible_patches_does_not_matter():
     model, (x, time, text) = randomized(SMALL, torch.float64), inputs(dtype=torch.float64)
     visible = visible_from_noise(torch.rand(2, 16), 0.5)
-    forward = model(x, time, text, visible)
-    backward = model(x, time, text, visible.flip(1))
+    forward = model(x, time, text, visible).visible_BKG
+    backward = model(x, time, text, visible.flip(1)).visible_BKG
     assert torch.allclose(forward, backward.flip(1), atol=1e-10)
 
 
@@ -151,9 +155,8 @@ def test_checkpointing_changes_no_gradient():
     grads = []
     for on in (False, True):
         model = randomized(SMALL.model_copy(update={"checkpoint_activations": on}))
-        model(
-            *inputs(), visible_from_noise(torch.linspace(0, 1, 32).view(2, 16), 0.5)
-        ).square().sum().backward()
+        visible = visible_from_noise(torch.linspace(0, 1, 32).view(2, 16), 0.5)
+        model(*inputs(), visible).visible_BKG.square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -187,7 +190,7 @@ def test_released_weights_survive_the_round_trip(prefix):
     saved = {prefix + name: tensor for name, tensor in to_released(model, side=16).items()}
     assert saved[prefix + "pos_embed"].shape == (1, 256, 32)
     load_released(copy, saved)
-    assert torch.equal(model(*inputs()), copy(*inputs()))
+    assert torch.equal(model(*inputs()).visible_BKG, copy(*inputs()).visible_BKG)
 
 
 @pytest.mark.parametrize("side", [16, 32])
@@ -196,8 +199,8 @@ def test_position_table_of_the_file_is_used(side):
     saved = to_released(randomized(SMALL), side=side)
     saved["pos_embed"] = saved["pos_embed"].bfloat16()
     load_released(model, saved)
-    assert torch.equal(model.positions((side, side), torch.zeros(())), saved["pos_embed"][0].float())
-    assert torch.equal(model.positions((4, 4), torch.zeros(())), sincos_positions(32, (4, 4), 1.0))
+    assert torch.equal(model.positions((side, side), torch.zeros(32)), saved["pos_embed"][0].float())
+    assert torch.equal(model.positions((4, 4), torch.zeros(32)), sincos_positions(32, (4, 4), 1.0))
 
 
 def test_released_files_that_do_not_fit_name_the_key():
@@ -237,7 +240,7 @@ def test_flops_in_closed_form_are_those_that_torch_counts(name, ratio):
         with FlopCounterMode(display=False) as forward:
             output = model(torch.zeros(1, 3, 16, 16), torch.zeros(1), text, visible)
         with FlopCounterMode(display=False) as backward:
-            output.sum().backward()
+            output.visible_BKG.sum().backward()
     flops = model_flops(config, (side, side), 7, ratio)
     assert forward.get_total_flops() == flops.forward
     assert forward.get_total_flops() + backward.get_total_flops() == pytest.approx(flops.training, rel=1e-9)

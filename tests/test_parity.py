@@ -298,7 +298,7 @@ def test_ours_equals_the_reference(drawn, seed, position_scale):
     visible = visible_from_noise(mask_noise, mask_ratio)
     # A time that float32 holds exactly: our time features are float32 whatever the network is
     time = level_B.float().double()
-    tokens = ours(x, time, Conditioning(captions), visible)
+    tokens = ours(x, time, Conditioning(captions), visible).visible_BKG
     expected, _ = reference(x, time, captions, mask_noise, mask_ratio)
     if visible is not None:
         tokens = scatter_tokens(tokens, visible, side * side)
@@ -402,7 +402,7 @@ def test_fill_values_of_the_output(tiny2):
     dropped = torch.ones(2, 256).scatter(1, visible, 0.0)
     assert dropped[0, :16].tolist() == [1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1]
     assert_summary(bare(X, level, TEXT, visible).image(), 1.964876e-2, 0.3639560, 1197.258)
-    out = GuidedDenoiser(bare, 3.0)(X, level, TEXT).image()
+    out = GuidedDenoiser(bare, SamplingConfig(guidance=3.0))(X, level, TEXT).image()
     assert_summary(out, -7.459379e-3, 2.198971, 14661.11, -3.77497, -3.46442, -3.70453, -3.22013)
 
 
@@ -411,7 +411,7 @@ def test_fill_values_of_denoiser_and_sampler(tiny2):
     denoiser = process.denoiser(tiny2)
     out = denoiser(X, NoiseLevel(torch.ones(2), torch.full((2,), 2.0)), TEXT).image()
     assert_summary(out, 5.414186e-2, 0.6240144, 4124.312, -1.35944, -1.16636, -1.88165, -1.13282)
-    guided = GuidedDenoiser(denoiser, 2.0)
+    guided = GuidedDenoiser(denoiser, SamplingConfig(guidance=2.0))
     text = guided.prepare(Conditioning(TEXT.text_BSD[:1]))
     out = heun(guided, X[:1] * 80, process.grid(SamplingConfig(), 3), text)
     # Five guided calls in float32 add up: the reference itself is as far off
@@ -438,7 +438,7 @@ def test_closed_form_values():
     torch.testing.assert_close(large[35, 512:515], torch.tensor([0.47942554, 0.46384534, 0.44867843]))
     assert large.double().abs().sum().item() == pytest.approx(589768.0646, abs=1e-2)
 
-    embedding = TimeEmbedding(TimeEmbedding.features)
+    embedding = TimeEmbedding(512)
     with torch.no_grad():
         embedding.mlp[0].weight.copy_(torch.eye(512))
         embedding.mlp[0].bias.zero_()

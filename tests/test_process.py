@@ -10,7 +10,7 @@ from torch import nn
 from shoestring.config import NoiseConfig, ProcessConfig, SamplingConfig
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import EDMProcess, FlowProcess, build_process
-from shoestring.interfaces import Conditioning, NoiseLevel
+from shoestring.interfaces import Conditioning, NetworkOutput, NoiseLevel
 from shoestring.tensors import gather_tokens, patchify, visible_from_noise
 
 PROCESSES = [EDMProcess(0.7), FlowProcess(1.0), FlowProcess(3.0)]
@@ -19,7 +19,7 @@ PROCESSES = [EDMProcess(0.7), FlowProcess(1.0), FlowProcess(3.0)]
 class Echo(nn.Module):
     """A network that returns a fixed image, and remembers what it was given."""
 
-    patch_size, in_channels, caption_dim = 2, 3, 4
+    patch_size, in_channels, predicts_all = 2, 3, False
 
     def __init__(self, output):
         super().__init__()
@@ -28,10 +28,10 @@ class Echo(nn.Module):
     def prepare(self, conditioning):
         return conditioning
 
-    def forward(self, x, time_B, conditioning, visible_BK=None):
+    def forward(self, x, time_B, conditioning, visible_BK=None, path_dropped_B=None):
         self.x, self.time_B = x, time_B
         tokens = patchify(self.output, self.patch_size)
-        return tokens if visible_BK is None else gather_tokens(tokens, visible_BK)
+        return NetworkOutput(tokens if visible_BK is None else gather_tokens(tokens, visible_BK), visible_BK)
 
 
 def captions(batch):

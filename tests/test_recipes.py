@@ -10,7 +10,8 @@ import torch
 
 from shoestring import recipes
 from shoestring.config import MixerConfig, ModelConfig, parse_yaml, schema, to_yaml
-from shoestring.models.microdit import MicroDiT, parameter_counts
+from shoestring.models.microdit import MicroDiT
+from shoestring.models.transformer import parameter_counts
 from shoestring.recipes.microdit import BATCH, tiny2, tiny2_paper, xl2
 from shoestring.runtime import UserError
 
@@ -28,7 +29,7 @@ def test_recipe_builds_round_trips_and_explains_itself(name: str) -> None:
     model = on_meta(config.model)
     side = config.stages[-1].resolution // (8 if config.data.codec == "autoencoder-kl" else 1)
     assert side % model.patch_size == 0
-    assert model.caption_dim == {"hashing": 256, "minilm": 384, "clip": 1024}[config.data.text_encoder]
+    assert config.model.caption_dim == {"hashing": 256, "minilm": 384, "clip": 1024}[config.data.text_encoder]
     for word in ("Paper:", "Hardware:", "Hours:", "Dollars:", "Metric:"):
         assert word in recipes.describe(name)
 

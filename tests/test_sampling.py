@@ -11,7 +11,6 @@ from shoestring.runtime import stream
 from shoestring.sampling.generate import initial_noise, sample_latents
 from shoestring.sampling.guidance import GuidedDenoiser
 from shoestring.sampling.solvers import SOLVERS, euler, heun
-from shoestring.tensors import patchify
 
 MEAN, STD = 0.3, 0.8
 
@@ -19,17 +18,17 @@ MEAN, STD = 0.3, 0.8
 class Gaussian:
     """The exact denoiser of x0 ~ N(MEAN, STD^2): E[x0 | xt] for any alpha and sigma."""
 
-    calls = 0
+    calls, predicts_all, patch_size = 0, True, 1
 
     def prepare(self, conditioning):
         return conditioning
 
-    def __call__(self, xt, level, conditioning, visible_BK=None):
+    def __call__(self, xt, level, conditioning, visible_BK=None, path_dropped_B=None):
         self.calls += 1
         alpha, sigma = level.images()
         gain = alpha * STD**2 / ((alpha * STD) ** 2 + sigma**2)
         x0 = MEAN + gain * (xt - alpha * MEAN)
-        return Denoised(patchify(x0, 1), None, tuple(xt.shape[2:]), 1)
+        return Denoised.whole(x0, 1)
 
 
 def exact(x, level):
@@ -114,7 +113,7 @@ def test_guidance_is_linear_between_empty_and_caption(denoiser, scale):
     with torch.no_grad():
         c = denoiser(x, at(2.0, 4), caption).image()
         u = denoiser(x, at(2.0, 4), caption.null()).image()
-        guided = GuidedDenoiser(denoiser, scale)(x, at(2.0, 4), caption).image()
+        guided = GuidedDenoiser(denoiser, SamplingConfig(guidance=scale))(x, at(2.0, 4), caption).image()
     assert (c - u).abs().max() > 0.01
     assert torch.allclose(guided, u + scale * (c - u), atol=1e-5)
 
@@ -125,8 +124,12 @@ def test_guidance_interval_and_negative(denoiser):
     with torch.no_grad():
         c = denoiser(x, at(2.0, 4), caption).image()
         n = denoiser(x, at(2.0, 4), other).image()
-        outside = GuidedDenoiser(denoiser, 3.0, interval=(0.1, 1.0))(x, at(2.0, 4), caption).image()
-        inside = GuidedDenoiser(denoiser, 3.0, interval=(0.1, 2.0), negative=other)(x, at(2.0, 4), caption)
+        outside = GuidedDenoiser(denoiser, SamplingConfig(guidance=3.0, guidance_interval=(0.1, 1.0)))(
+            x, at(2.0, 4), caption
+        ).image()
+        inside = GuidedDenoiser(denoiser, SamplingConfig(guidance=3.0, guidance_interval=(0.1, 2.0)), other)(
+            x, at(2.0, 4), caption
+        )
     assert torch.allclose(outside, c, atol=1e-6)
     assert torch.allclose(inside.image(), n + 3 * (c - n), atol=1e-5)
 

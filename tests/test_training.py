@@ -11,6 +11,7 @@ from shoestring.config import (
     OptimizerConfig,
     RunConfig,
     StageConfig,
+    TokensConfig,
 )
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
@@ -218,7 +219,7 @@ def learner(workers: int = 1, kind: str = "adamw") -> Learner:
     process = EDMProcess(0.6)
     threads = Workers(workers)
     optimizers = Optimizers(model, OptimizerConfig(kind=kind), threads)
-    return Learner(model, process, process.denoiser(model), optimizers, EMA(model), threads)
+    return Learner(model, TokensConfig(), process, process.denoiser(model), optimizers, EMA(model), threads)
 
 
 def batch(count: int = 8) -> TrainingBatch:

@@ -23,6 +23,8 @@ from shoestring.tensors import (
     Float,
     Int,
     UInt8,
+    patchify,
+    replace_tokens,
     scatter_tokens,
     unpatchify,
 )
@@ -48,24 +50,50 @@ class NoiseLevel:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a picture is conditioned on.
+    """What a picture is conditioned on: a caption, a class, or (a class of -1 everywhere) nothing.
 
-    ``text_mask_BS`` is true at real caption tokens; ``None`` means all of them. ``prepared`` is a
-    network's own cache of everything that does not depend on the noise (see ``Network.prepare``).
+    ``text_mask_BS`` is true at real caption tokens; ``None`` means all of them. ``class_B`` is -1 where
+    there is no class. ``prepared`` is a network's own cache of everything that does not depend on the noise
+    (see ``Network.prepare``).
     """
 
-    text_BSD: Float[Tensor, "B S D"]
+    text_BSD: Float[Tensor, "B S D"] | None = None
     text_mask_BS: Bool[Tensor, "B S"] | None = None
+    class_B: Int[Tensor, " B"] | None = None
     prepared: Any = None
 
+    def __post_init__(self) -> None:
+        assert (self.text_BSD is None) != (self.class_B is None), "either text or class"
+
+    @staticmethod
+    def nothing(count: int, device: torch.device | str = "cpu") -> Conditioning:
+        """No condition at all, for ``count`` samples."""
+        return Conditioning(class_B=torch.full((count,), -1, device=device))
+
     def __len__(self) -> int:
-        return self.text_BSD.shape[0]
+        return self._first.shape[0]
+
+    @property
+    def _first(self) -> Tensor:
+        first = self.text_BSD if self.text_BSD is not None else self.class_B
+        assert first is not None
+        return first
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._first.device
 
     def null(self) -> Conditioning:
-        """The empty caption for classifier-free guidance: all embeddings zero (MicroDiT, released code).
+        """The empty condition for classifier-free guidance.
 
-        Where captions are masked, one zero token stays attended, as attention over nothing is undefined.
+        Text: all embeddings zero (MicroDiT, released code); where captions are masked, one zero token stays
+        attended, as attention over nothing is undefined. Class: -1, which a table maps to the zero vector
+        (MaskDiT, released code).
         """
+        if self.class_B is not None:
+            return Conditioning(class_B=torch.full_like(self.class_B, -1))
+        assert self.text_BSD is not None
         mask_BS = self.text_mask_BS
         if mask_BS is not None:
             mask_BS = torch.zeros_like(mask_BS)
@@ -73,25 +101,45 @@ class Conditioning:
         return Conditioning(torch.zeros_like(self.text_BSD), mask_BS)
 
     def drop(self, dropped_B: Bool[Tensor, " B"]) -> Conditioning:
-        """Replace the captions of some samples by the empty one (training with guidance in mind)."""
+        """Replace the condition of some samples by the empty one (training with guidance in mind)."""
         null = self.null()
-        text_BSD = torch.where(dropped_B[:, None, None], null.text_BSD, self.text_BSD)
-        mask_BS = self.text_mask_BS
-        if mask_BS is not None and null.text_mask_BS is not None:
-            mask_BS = torch.where(dropped_B[:, None], null.text_mask_BS, mask_BS)
-        return Conditioning(text_BSD, mask_BS)
+
+        def choose(mine: Tensor | None, empty: Tensor | None) -> Tensor | None:
+            if mine is None or empty is None:
+                return None
+            return torch.where(dropped_B.view(-1, *[1] * (mine.ndim - 1)), empty, mine)
+
+        return Conditioning(
+            choose(self.text_BSD, null.text_BSD),
+            choose(self.text_mask_BS, null.text_mask_BS),
+            choose(self.class_B, null.class_B),
+        )
 
     def part(self, rows: slice) -> Conditioning:
         """Some of the samples; a network's cache is not carried over."""
-        mask_BS = self.text_mask_BS
-        return Conditioning(self.text_BSD[rows], None if mask_BS is None else mask_BS[rows])
+        fields = (self.text_BSD, self.text_mask_BS, self.class_B)
+        return Conditioning(*(None if field is None else field[rows] for field in fields))
 
     def cat(self, other: Conditioning) -> Conditioning:
-        """Stack two batches with captions of the same length."""
-        mask_BS = self.text_mask_BS
-        if mask_BS is not None and other.text_mask_BS is not None:
-            mask_BS = torch.cat([mask_BS, other.text_mask_BS])
-        return Conditioning(torch.cat([self.text_BSD, other.text_BSD]), mask_BS)
+        """Stack two batches of the same kind, captions of the same length."""
+        pairs = (
+            (self.text_BSD, other.text_BSD),
+            (self.text_mask_BS, other.text_mask_BS),
+            (self.class_B, other.class_B),
+        )
+        return Conditioning(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
+
+
+@dataclass(frozen=True)
+class NetworkOutput:
+    """Raw network output: tokens of the visible patches, perhaps a reconstruction of the others."""
+
+    visible_BKG: Float[Tensor, "B K G"]
+    visible_BK: Int[Tensor, "B K"] | None = None
+    """Where they belong; ``None`` = all patches, in order."""
+    dropped_BJG: Float[Tensor, "B J G"] | None = None
+    """Patches the network did not see and predicts all the same (MaskDiT's decoder)."""
+    dropped_BJ: Int[Tensor, "B J"] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,12 +152,23 @@ class Denoised:
     grid: tuple[int, int]
     """Rows and columns of patches."""
     patch_size: int
+    dropped_x0_BJG: Float[Tensor, "B J G"] | None = None
+    """The estimate at patches that were not seen, from networks that reconstruct them."""
+    dropped_BJ: Int[Tensor, "B J"] | None = None
+
+    @staticmethod
+    def whole(x0: Float[Tensor, "B C H W"], patch_size: int) -> Denoised:
+        """An estimate of all patches, from images."""
+        grid = (x0.shape[2] // patch_size, x0.shape[3] // patch_size)
+        return Denoised(patchify(x0, patch_size), None, grid, patch_size)
 
     def image(self) -> Float[Tensor, "B C H W"]:
-        """The estimate as images; patches that were not visible are zero."""
+        """The estimate as images; patches neither visible nor reconstructed are zero."""
         tokens = self.x0_BKG
         if self.visible_BK is not None:
             tokens = scatter_tokens(tokens, self.visible_BK, self.grid[0] * self.grid[1])
+        if self.dropped_x0_BJG is not None and self.dropped_BJ is not None:
+            tokens = replace_tokens(tokens, self.dropped_BJ, self.dropped_x0_BJG)
         return unpatchify(tokens, self.grid, self.patch_size)
 
 
@@ -119,7 +178,8 @@ class Network(Protocol):
 
     patch_size: int
     in_channels: int
-    caption_dim: int
+    predicts_all: bool
+    """Whether every patch is predicted also when some are dropped (token routing, decoders)."""
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """Compute once whatever does not depend on the noise; the result holds it in ``prepared``."""
@@ -131,8 +191,13 @@ class Network(Protocol):
         time_B: Float[Tensor, " B"],
         conditioning: Conditioning,
         visible_BK: Int[Tensor, "B K"] | None = None,
-    ) -> Float[Tensor, "B K G"]:
-        """Raw network output for the visible patches, in the order of ``visible_BK``."""
+        path_dropped_B: Bool[Tensor, " B"] | None = None,
+    ) -> NetworkOutput:
+        """Raw network output.
+
+        ``visible_BK`` are the patches that the reduced part of the network sees (``None`` = all), and
+        ``path_dropped_B`` the samples for which that part is left out altogether (SPRINT).
+        """
         ...
 
 
@@ -140,12 +205,23 @@ class Network(Protocol):
 class Denoiser(Protocol):
     """(noisy latents, noise level, conditioning, visible patches) -> estimate of the clean latents."""
 
+    @property
+    def predicts_all(self) -> bool:
+        """See :class:`Network`."""
+        ...
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in latents."""
+        ...
+
     def __call__(
         self,
         xt: Float[Tensor, "B C H W"],
         level: NoiseLevel,
         conditioning: Conditioning,
         visible_BK: Int[Tensor, "B K"] | None = None,
+        path_dropped_B: Bool[Tensor, " B"] | None = None,
     ) -> Denoised:
         """Estimate x0 from xt = alpha x0 + sigma noise."""
         ...

@@ -7,16 +7,19 @@ B        batch                                  N        attention heads
 C        channels                               P        width of one head
 H W      height and width                       E        experts
 L        image tokens (patches)                 R        tokens per expert
-K        visible image tokens, K <= L           F        hidden width of a feed-forward
-S        caption tokens                         G        values of one patch, C * patch**2
-D        model width                            M        mixer width
+K        visible image tokens, K <= L           J        dropped image tokens, K + J = L
+S        caption tokens                         F        hidden width of a feed-forward
+D        model width                            G        values of one patch, C * patch**2
+M        mixer width
 =======  =====================================  =======  ==========================
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -37,9 +40,11 @@ __all__ = [
     "Float",
     "Int",
     "UInt8",
+    "complement",
     "gather_tokens",
     "masked_mean",
     "patchify",
+    "replace_tokens",
     "scatter_tokens",
     "unpatchify",
     "visible_count",
@@ -101,26 +106,58 @@ def scatter_tokens(
     return full_BLD.scatter(1, index_BK[:, :, None].expand(-1, -1, d), tokens_BKD)
 
 
+def replace_tokens(
+    tokens_BLD: Float[Tensor, "B L D"], index_BK: Int[Tensor, "B K"], new_BKD: Float[Tensor, "B K D"]
+) -> Float[Tensor, "B L D"]:
+    """The tokens with those at ``index_BK`` replaced by new ones."""
+    places_BKD = index_BK[:, :, None].expand(-1, -1, tokens_BLD.shape[2])
+    return tokens_BLD.scatter(1, places_BKD, new_BKD.to(tokens_BLD.dtype))
+
+
+def complement(index_BK: Int[Tensor, "B K"], length: int) -> Int[Tensor, "B J"]:
+    """The other J = length - K places of every sample, ascending."""
+    seen_BL = torch.zeros(index_BK.shape[0], length, device=index_BK.device)
+    seen_BL = seen_BL.scatter(1, index_BK, 1.0)
+    return seen_BL.argsort(dim=1, stable=True)[:, : length - index_BK.shape[1]]
+
+
 def visible_count(length: int, mask_ratio: float) -> int:
     """Patches that stay visible: ``int(L * (1 - ratio))`` in floating point, as released; at least one."""
     return max(1, int(length * (1 - mask_ratio)))
 
 
-def visible_from_noise(noise_BL: Float[Tensor, "B L"], mask_ratio: float) -> Int[Tensor, "B K"] | None:
-    """Indices of the patches that stay visible under random masking.
+Pattern = Literal["random", "blocks", "stratified"]
+
+
+def visible_from_noise(
+    noise_BL: Float[Tensor, "B L"],
+    mask_ratio: float,
+    pattern: Pattern = "random",
+    grid: tuple[int, int] | None = None,
+    block: int = 2,
+) -> Int[Tensor, "B K"] | None:
+    """Indices of the patches that stay visible.
+
+    ``random``: uniformly at random. ``blocks``: whole squares of patches stay or go together (one of them
+    in part, where the number does not work out). ``stratified``: of every square as many stay as of any
+    other, give or take one, at random places within it.
 
     Args:
         noise_BL: uniform noise, one number a patch.
         mask_ratio: share of patches to drop, 0 <= ratio < 1.
+        pattern: which patches.
+        grid: rows and columns of patches; needed for squares.
+        block: side of the squares in patches.
 
     Returns:
-        The first ``int(L * (1 - ratio))`` indices (at least one) of the noise's argsort, or ``None``
-        when the ratio is too small to drop a single patch.
+        ``int(L * (1 - ratio))`` indices (at least one), for ``random`` the first of the noise's argsort, or
+        ``None`` when the ratio is too small to drop a single patch.
 
     Raises:
         ValueError: if the ratio is outside [0, 1).
 
-    Source: MicroDiT, arXiv 2407.15811, section 3 (uniform random patches); released ``get_mask``.
+    Source: MicroDiT, arXiv 2407.15811, section 3 (uniform random patches; blocks in an ablation); released
+    ``get_mask``. Stratified: SPRINT, arXiv 2510.21986 (structured sampling).
     """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask ratio is {mask_ratio}; it must be at least 0 and below 1")
@@ -128,7 +165,28 @@ def visible_from_noise(noise_BL: Float[Tensor, "B L"], mask_ratio: float) -> Int
     keep = visible_count(length, mask_ratio)
     if keep >= length:
         return None
-    return noise_BL.argsort(dim=1)[:, :keep]
+    if pattern != "random":
+        assert grid is not None
+        assert grid[0] * grid[1] == length, (grid, length)
+        square_L, first_L = (index.to(noise_BL.device) for index in _squares(grid, block))
+        if pattern == "blocks":
+            noise_BL = noise_BL[:, first_L]  # all patches of a square share the noise of its first one
+        else:
+            same_LL = square_L[:, None] == square_L[None, :]
+            smaller_BLL = noise_BL[:, None, :] < noise_BL[:, :, None]
+            rank_BL = (smaller_BLL & same_LL).sum(dim=2)
+            noise_BL = rank_BL + noise_BL
+    return noise_BL.argsort(dim=1, stable=pattern == "blocks")[:, :keep]
+
+
+@lru_cache(maxsize=32)
+def _squares(grid: tuple[int, int], block: int) -> tuple[Int[Tensor, " L"], Int[Tensor, " L"]]:
+    """The square that each patch lies in, and that square's first patch; border squares may be cut."""
+    rows, columns = (torch.arange(side) for side in grid)
+    wide = -(-grid[1] // block)
+    square_LL = (rows // block)[:, None] * wide + (columns // block)[None, :]
+    first_LL = (rows // block * block)[:, None] * grid[1] + (columns // block * block)[None, :]
+    return square_LL.reshape(-1), first_LL.reshape(-1)
 
 
 def masked_mean(

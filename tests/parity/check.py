@@ -140,7 +140,9 @@ def microdit(golden: Golden) -> Outputs:
         return torch.ones_like(noise_BL).scatter(1, visible_BK, 0.0)
 
     def cfg() -> Tensor:
-        return GuidedDenoiser(bare, scale)(golden.input("x"), level(golden.input("c_noise")), text()).image()
+        return GuidedDenoiser(bare, SamplingConfig(guidance=scale))(
+            golden.input("x"), level(golden.input("c_noise")), text()
+        ).image()
 
     def denoised() -> Tensor:
         return denoiser(golden.input("x"), level(golden.input("sigma")), text()).image()
@@ -168,7 +170,7 @@ def microdit(golden: Golden) -> Outputs:
         sampling = SamplingConfig(
             sigma_min=golden.value("sigma_min", 0.002), sigma_max=sigma_max, rho=golden.value("rho", 7)
         )
-        guided = GuidedDenoiser(denoiser, scale)
+        guided = GuidedDenoiser(denoiser, SamplingConfig(guidance=scale))
         grid = process.grid(sampling, int(golden.value("heun_steps")))
         return heun(guided, golden.input("latents") * sigma_max, grid, guided.prepare(text()))
 

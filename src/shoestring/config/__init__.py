@@ -3,6 +3,7 @@
 from shoestring.config.files import apply_overrides, from_json, load_yaml, parse_yaml, to_yaml
 from shoestring.config.schema import (
     DataConfig,
+    DecoderConfig,
     ExpertsConfig,
     LoggingConfig,
     MixerConfig,
@@ -14,10 +15,12 @@ from shoestring.config.schema import (
     RunConfig,
     SamplingConfig,
     StageConfig,
+    TokensConfig,
 )
 
 __all__ = [
     "DataConfig",
+    "DecoderConfig",
     "ExpertsConfig",
     "LoggingConfig",
     "MixerConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "StageConfig",
+    "TokensConfig",
     "apply_overrides",
     "from_json",
     "load_yaml",

@@ -57,12 +57,26 @@ class ExpertsConfig(Frozen):
     every: int = setting("every n-th block has experts (never the backbone's last)", 2, ge=1)
 
 
+class DecoderConfig(Frozen):
+    """Blocks at the end that see all patches again, the dropped ones as mask tokens (MaskDiT)."""
+
+    depth: int = setting("blocks; 0 = no decoder", 0, ge=0, le=64)
+    dim: int = setting("width", 512, gt=0)
+    head_dim: int = setting("width of one attention head", 32, gt=0)
+
+
 class ModelConfig(Frozen):
     """The network."""
 
-    kind: Literal["microdit"] = setting("family: microdit", "microdit")
+    kind: Literal["microdit", "maskdit"] = setting(
+        "family of blocks: microdit (SwiGLU, experts) or maskdit (plain DiT)", "microdit"
+    )
     in_channels: int = setting("channels of the latents (3 for pixels)", 4, gt=0)
-    caption_dim: int = setting("width of the caption embeddings", 1024, gt=0)
+    condition: Literal["text", "class", "none"] = setting(
+        "text (cross-attention and modulation), class (a table; modulation) or none", "text"
+    )
+    caption_dim: int = setting("text: width of the caption embeddings", 1024, gt=0)
+    classes: int = setting("class: how many", 1000, ge=1)
     patch_size: int = setting("side of a patch in latents", 2, ge=1)
     dim: int = setting("width D", 512, gt=0)
     depth: int = setting("backbone blocks", 16, ge=1, le=256)
@@ -76,8 +90,10 @@ class ModelConfig(Frozen):
     )
     ffn_multiple_of: int = setting("feed-forward widths are rounded up to this", 256, gt=0)
     mixer: MixerConfig = setting("patch mixer", MixerConfig())
+    decoder: DecoderConfig = setting("decoder", DecoderConfig())
     experts: ExpertsConfig = setting("mixture of experts", ExpertsConfig())
     bias: bool = setting("biases in attention, dense FFN, caption block and mixer maps", False)
+    qk_norm: bool = setting("normalise queries and keys of self-attention over the whole width", True)
     norm_eps: Positive = setting("epsilon of every layer norm", 1e-6)
     mask_captions: bool = setting(
         "attend to and pool over real caption tokens only (false: padding too, as released)", False
@@ -96,6 +112,15 @@ class ModelConfig(Frozen):
         if self.mixer.depth and self.mixer.dim % self.head_dim:
             raise ValueError(
                 f"mixer.dim is {self.mixer.dim}; it must be a multiple of head_dim ({self.head_dim})"
+            )
+        if self.decoder.depth and (self.decoder.dim % self.decoder.head_dim or self.decoder.dim % 4):
+            raise ValueError(
+                f"decoder.dim is {self.decoder.dim}; it must be a multiple of 4 and of decoder.head_dim "
+                f"({self.decoder.head_dim})"
+            )
+        if self.kind == "maskdit" and self.experts.count:
+            raise ValueError(
+                f"experts.count is {self.experts.count}; blocks of kind maskdit have no experts, set it to 0"
             )
         for name in ("qkv_multipliers", "ffn_multipliers"):
             values = getattr(self, name)
@@ -118,6 +143,36 @@ class ModelConfig(Frozen):
         return tuple(v for v in values for _ in range(self.depth // len(values)))
 
 
+class TokensConfig(Frozen):
+    """Which patches the network leaves out while it trains, and what happens to them.
+
+    dense: none. naive: dropped at the input. deferred: dropped after the patch mixer. maskdit: naive, and a
+    decoder restores them. tread: they skip blocks and rejoin. sprint: they skip blocks, whose result is
+    fused with that of the dense ones. How many is a matter of the stages (``mask_ratio``).
+    """
+
+    method: str = setting(
+        "dense, naive, deferred, maskdit, tread or sprint (docs/token-reduction.md)",
+        "deferred",
+    )
+    first: int = setting("tread, sprint: first backbone block that sees fewer patches", 2, ge=0)
+    last: int = setting(
+        "tread, sprint: the block before which all are back; negative counts from the end", -2
+    )
+    pattern: Literal["random", "blocks", "stratified"] = setting(
+        "which patches: random, whole squares (blocks), or evenly over squares (stratified)", "random"
+    )
+    block: int = setting("blocks, stratified: side of the squares in patches", 2, ge=2, le=64)
+    path_drop: Share = setting("sprint: share of samples trained without the sparse path", 0.1)
+    reconstruction: float = setting(
+        "maskdit: coefficient of the squared error of dropped patches (MAE); 0 = none", 0.0, ge=0
+    )
+    reconstruction_target: Literal["noisy", "clean"] = setting(
+        "maskdit: the noisy input, normalised by patch (as released), or clean patches", "noisy"
+    )
+    score_dropped: bool = setting("maskdit: the denoising loss looks at dropped patches too", False)
+
+
 class ProcessConfig(Frozen):
     """How noise is added and what the network predicts."""
 
@@ -138,14 +193,21 @@ class NoiseConfig(Frozen):
 class DataConfig(Frozen):
     """Where the pictures and captions come from."""
 
-    source: Literal["openmoji", "shapes", "folder"] = setting("openmoji, shapes or folder", "folder")
-    path: str | None = setting("folder: pictures with .txt, or metadata.jsonl/.csv/.parquet", None)
+    source: Literal["openmoji", "shapes", "folder", "cifar10"] = setting(
+        "openmoji, shapes, folder or cifar10", "folder"
+    )
+    path: str | None = setting(
+        "folder: pictures with .txt, or metadata.jsonl/.csv/.parquet; cifar10: its two .parquet", None
+    )
     max_captions: int | None = setting(
         "openmoji, shapes: train on this many captions (chosen by hash); null = all; a folder is used whole",
         None,
         ge=1,
     )
-    held_out: Share = setting("share of captions kept out of training (chosen by hash)", 0.1)
+    held_out: Share = setting("share kept out of training (by hash); cifar10: its test file", 0.1)
+    split: Literal["captions", "pictures"] = setting(
+        "hold out whole captions, or pictures of captions that are trained too", "captions"
+    )
     text_encoder: Literal["hashing", "minilm", "clip"] = setting(
         "hashing (no weights), minilm (from pip) or clip (transformers)", "minilm"
     )
@@ -170,8 +232,12 @@ class StageConfig(Frozen):
     position_scale: Positive = setting("positions are divided by this (2 at twice the resolution)", 1.0)
     mask_ratio: float = setting("share of patches dropped at the stage's start", 0.0, ge=0, lt=1)
     mask_ratio_end: float | None = setting(
-        "share at its end, linear in images, in steps of 1/16; null = constant", None, ge=0, lt=1
+        "share at its end, moved in steps of 1/16; null = constant", None, ge=0, lt=1
     )
+    mask_schedule: Literal["linear", "cosine"] = setting(
+        "path to the end: linear in images, or along cos(pi/2 progress)^mask_power", "linear"
+    )
+    mask_power: Positive = setting("cosine: its power (MaskDiT tunes with 4)", 4.0)
     lr: Positive = setting("peak learning rate (of AdamW)")
     warmup_nimg: int = setting("images of linear warm-up", 0, ge=0)
     lr_schedule: Literal["constant", "cosine", "linear"] = setting("shape after the warm-up", "constant")
@@ -225,6 +291,14 @@ class SamplingConfig(Frozen):
     sampler: Literal["heun", "euler"] = setting("heun (2 calls a step) or euler", "heun")
     steps: int = setting("noise levels", 30, ge=1, le=10_000)
     guidance: float = setting("classifier-free guidance; 1 = off, 0 = without the caption", 5.0)
+    weak: Literal["condition", "tokens", "both"] = setting(
+        "what the prediction to guide away from lacks (tokens: for tread, sprint, maskdit)",
+        "condition",
+    )
+    weak_ratio: Share = setting(
+        "weak=tokens or both: share of tokens the weak prediction leaves out; 1 = the whole path", 0.5
+    )
+    strong_ratio: float = setting("share of tokens that the guided prediction leaves out", 0.0, ge=0, lt=1)
     guidance_interval: tuple[float, float] | None = setting(
         "guide only where sigma is in [low, high]; null = everywhere", None
     )
@@ -269,6 +343,7 @@ class RunConfig(Frozen):
     precision: Literal["bf16", "fp32"] = setting("bf16 autocast over fp32 weights, or fp32", "bf16")
     compile: bool = setting("torch.compile the blocks (one to two minutes at the start)", False)
     model: ModelConfig = setting("the network", ModelConfig())
+    tokens: TokensConfig = setting("token reduction while training", TokensConfig())
     process: ProcessConfig = setting("noise process", ProcessConfig())
     data: DataConfig = setting("data", DataConfig())
     stages: tuple[StageConfig, ...] = setting("stages, in order", min_length=1)

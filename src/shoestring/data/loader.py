@@ -27,8 +27,11 @@ class Batch:
     """What one training step sees."""
 
     moments_BMhw: Float[Tensor, "B M h w"]
-    text_BSD: Float[Tensor, "B S D"]
-    text_mask_BS: Bool[Tensor, "B S"]
+    text_BSD: Float[Tensor, "B S D"] | None
+    """``None`` where captions were not encoded."""
+    text_mask_BS: Bool[Tensor, "B S"] | None
+    caption_B: Int[Tensor, " B"]
+    """Which of the distinct captions."""
     index_B: Int[Tensor, " B"]
     """Rows of the data set."""
 
@@ -43,8 +46,8 @@ class PreparedData:
     """Moments of the mirrored pictures; ``None`` = pictures are never mirrored."""
     captions: tuple[str, ...]
     """Distinct captions, in the order of the embeddings."""
-    text_USD: Float[Tensor, "U S D"]
-    text_mask_US: Bool[Tensor, "U S"]
+    text_USD: Float[Tensor, "U S D"] | None
+    text_mask_US: Bool[Tensor, "U S"] | None
     caption_N: Int[Tensor, " N"]
     """Which caption a picture has."""
 
@@ -57,7 +60,9 @@ class PreparedData:
         if mirror_B is not None and self.mirrored_NMhw is not None:
             moments = torch.where(mirror_B[:, None, None, None], self.mirrored_NMhw[index_B], moments)
         caption_B = self.caption_N[index_B]
-        return Batch(moments.float(), self.text_USD[caption_B].float(), self.text_mask_US[caption_B], index_B)
+        text_BSD = None if self.text_USD is None else self.text_USD[caption_B].float()
+        mask_BS = None if self.text_mask_US is None else self.text_mask_US[caption_B]
+        return Batch(moments.float(), text_BSD, mask_BS, caption_B, index_B)
 
     def batch(self, seed: int, first_nimg: int, count: int) -> Batch:
         """The samples number ``first_nimg`` to ``first_nimg + count - 1`` of a run.
@@ -125,7 +130,7 @@ def _is_mirrored(seed: int, nimg: int, n: int) -> bool:
 def prepare(
     images: CaptionedImages,
     codec: ImageCodec,
-    encoder: TextEncoder,
+    encoder: TextEncoder | None,
     batch: int = 64,
     flip: bool = False,
     progress: Progress | None = None,
@@ -135,7 +140,7 @@ def prepare(
     Args:
         images: at least one picture.
         codec: pictures to moments. They are stored as float32, or as float16 if the codec compresses.
-        encoder: captions to embeddings, stored once each as float16.
+        encoder: captions to embeddings, stored once each as float16; ``None`` = not wanted (classes).
         batch: pictures or captions encoded at a time.
         flip: encode the mirrored pictures too, and mirror half of the samples (``data.flip``).
         progress: called after each of those batches.
@@ -164,7 +169,8 @@ def prepare(
         return torch.cat(chunks)
 
     texts, masks = [], []
-    for start in range(0, len(captions), batch):
+    for start in range(0, len(captions) if encoder is not None else 0, batch):
+        assert encoder is not None
         text_BSD, mask_BS = encoder(captions[start : start + batch])
         texts.append(text_BSD.to("cpu", torch.float16))
         masks.append(mask_BS.cpu())
@@ -174,7 +180,7 @@ def prepare(
         moments_NMhw=encode(mirror=False),
         mirrored_NMhw=encode(mirror=True) if flip else None,
         captions=captions,
-        text_USD=torch.cat(texts),
-        text_mask_US=torch.cat(masks),
+        text_USD=torch.cat(texts) if texts else None,
+        text_mask_US=torch.cat(masks) if masks else None,
         caption_N=torch.tensor([caption_row[caption] for caption in images.captions]),
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shoestring.config.schema import NoiseConfig, ProcessConfig, SamplingConfig
 from shoestring.interfaces import Conditioning, Denoised, Network, NoiseLevel
-from shoestring.tensors import Float, Int, gather_tokens, patchify
+from shoestring.tensors import Bool, Float, Int, gather_tokens, patchify
 
 # ln(sigma / alpha) stays finite where alpha is zero (zero terminal SNR).
 SMALLEST_ALPHA = 1e-6
@@ -181,6 +181,16 @@ class NetworkDenoiser:
     def __init__(self, process: Process, network: Network, precision: torch.dtype) -> None:
         self.process, self.network, self.precision = process, network, precision
 
+    @property
+    def predicts_all(self) -> bool:
+        """See :class:`shoestring.interfaces.Network`."""
+        return self.network.predicts_all
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch."""
+        return self.network.patch_size
+
     def _autocast(self, device: torch.device) -> torch.autocast:
         low = self.precision != torch.float32
         # Every weight is used once in a pass: a cache of casts would only hold memory.
@@ -188,7 +198,7 @@ class NetworkDenoiser:
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """See :meth:`shoestring.interfaces.Network.prepare`."""
-        with self._autocast(conditioning.text_BSD.device):
+        with self._autocast(conditioning.device):
             return self.network.prepare(conditioning)
 
     def __call__(
@@ -197,16 +207,25 @@ class NetworkDenoiser:
         level: NoiseLevel,
         conditioning: Conditioning,
         visible_BK: Int[Tensor, "B K"] | None = None,
+        path_dropped_B: Bool[Tensor, " B"] | None = None,
     ) -> Denoised:
-        """Estimate x0 for the visible patches."""
+        """Estimate x0 for the patches that the network predicts."""
         c = self.process.coefficients(level)
         patch_size = self.network.patch_size
         with self._autocast(xt.device):
-            output_BKG = self.network(c.in_B[:, None, None, None] * xt, c.time_B, conditioning, visible_BK)
-        xt_BKG = visible_tokens(xt, patch_size, visible_BK)
-        x0_BKG = c.skip_B[:, None, None] * xt_BKG + c.out_B[:, None, None] * output_BKG.to(xt.dtype)
+            scaled = c.in_B[:, None, None, None] * xt
+            output = self.network(scaled, c.time_B, conditioning, visible_BK, path_dropped_B)
+
+        def estimate(tokens: Tensor, places: Tensor | None) -> Tensor:
+            xt_BKG = visible_tokens(xt, patch_size, places)
+            return c.skip_B[:, None, None] * xt_BKG + c.out_B[:, None, None] * tokens.to(xt.dtype)
+
         grid = (xt.shape[2] // patch_size, xt.shape[3] // patch_size)
-        return Denoised(x0_BKG, visible_BK, grid, patch_size)
+        x0 = estimate(output.visible_BKG, output.visible_BK)
+        if output.dropped_BJG is None:
+            return Denoised(x0, output.visible_BK, grid, patch_size)
+        dropped = estimate(output.dropped_BJG, output.dropped_BJ)
+        return Denoised(x0, output.visible_BK, grid, patch_size, dropped, output.dropped_BJ)
 
 
 def build_process(config: ProcessConfig, measured_sigma_data: float | None) -> Process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,10 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shoestring.config import RunConfig, from_json
+from shoestring.models.maskdit import MaskDiT
 from shoestring.models.microdit import MicroDiT
+from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import UserError
 
 FORMAT = "shoestring-1"
+
+FAMILIES: dict[str, type[DiffusionTransformer]] = {"microdit": MicroDiT, "maskdit": MaskDiT}
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,11 @@ class ModelFacts:
     """Interpolation scale of the last stage trained."""
     resolution: int
     """Side of the training pictures in pixels."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes by their number, for class-conditional models."""
 
 
-def build_network(config: RunConfig, generator: torch.Generator | None = None) -> MicroDiT:
+def build_network(config: RunConfig, generator: torch.Generator | None = None) -> DiffusionTransformer:
     """The network of a configuration.
 
     Args:
@@ -44,7 +50,7 @@ def build_network(config: RunConfig, generator: torch.Generator | None = None) -
     Returns:
         The network, on the default device.
     """
-    network = MicroDiT(config.model)
+    network = FAMILIES[config.model.kind](config.model, config.tokens)
     if generator is not None:
         network.initialize(generator)
     return network
@@ -69,7 +75,7 @@ def save_model(path: Path, tensors: dict[str, Tensor], config: RunConfig, facts:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def load_model(path: Path) -> tuple[RunConfig, MicroDiT, ModelFacts]:
+def load_model(path: Path) -> tuple[RunConfig, DiffusionTransformer, ModelFacts]:
     """Read a model file.
 
     Args:
@@ -98,6 +104,7 @@ def load_model(path: Path) -> tuple[RunConfig, MicroDiT, ModelFacts]:
         )
     config = from_json(header["config"])
     facts = ModelFacts(**json.loads(header["facts"]))
+    facts = replace(facts, classes=tuple(facts.classes))  # JSON knows lists only
     network = build_network(config)
     load_weights(network, tensors, str(path))
     network.position_scale = facts.position_scale
@@ -105,7 +112,7 @@ def load_model(path: Path) -> tuple[RunConfig, MicroDiT, ModelFacts]:
 
 
 @torch.no_grad()
-def load_weights(network: MicroDiT, tensors: dict[str, Tensor], where: str) -> None:
+def load_weights(network: DiffusionTransformer, tensors: dict[str, Tensor], where: str) -> None:
     """Copy weights into a network that they fit exactly.
 
     Args:
@@ -117,7 +124,7 @@ def load_weights(network: MicroDiT, tensors: dict[str, Tensor], where: str) -> N
         UserError: naming the first key or shape that does not fit.
     """
     tensors = dict(tensors)
-    table = tensors.pop("pos_embed", None)
+    tables = {name: tensors.pop(name, None) for name in ("pos_embed", "decoder_pos_embed")}
     own = dict(network.named_parameters())
     for name in sorted(own.keys() | tensors.keys()):
         if name not in tensors or name not in own:
@@ -130,5 +137,6 @@ def load_weights(network: MicroDiT, tensors: dict[str, Tensor], where: str) -> N
             )
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
-    if table is not None:
-        network.pos_embed = table
+    for name, table in tables.items():
+        if table is not None:
+            setattr(network, name, table)

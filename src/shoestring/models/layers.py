@@ -13,22 +13,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoestring.tensors import Bool, Float
+from shoestring.tensors import Bool, Float, Int
 
 AttentionKind = Literal["auto", "sdpa", "explicit"]
 
 
-class LayerNorm(nn.Module):
-    """Layer norm with a gain and no bias."""
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
+    return math.ceil(value / multiple) * multiple
 
-    def __init__(self, dim: int, eps: float) -> None:
+
+def attention_width(dim: int, multiplier: float, head_dim: int) -> int:
+    """Self-attention width: dim at multiplier 1, else int(dim m) rounded up to an even number of heads."""
+    return dim if multiplier == 1 else round_up(int(dim * multiplier), 2 * head_dim)
+
+
+def swiglu_width(dim: int, multiplier: float, multiple_of: int) -> int:
+    """Hidden width of a SwiGLU: two thirds of int(dim m), rounded up."""
+    return round_up(int(2 * int(dim * multiplier) / 3), multiple_of)
+
+
+def mlp_width(dim: int, multiplier: float, multiple_of: int) -> int:
+    """Hidden width of a feed-forward of two matrices: int(dim m), rounded up."""
+    return round_up(int(dim * multiplier), multiple_of)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a gain, or without one, and no bias."""
+
+    weight: Tensor | None
+
+    def __init__(self, dim: int, eps: float, gain: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.register_parameter("weight", nn.Parameter(torch.empty(dim)) if gain else None)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; the dtype of ``x`` is kept."""
-        return F.layer_norm(x, (x.shape[-1],), self.weight.to(x.dtype), None, self.eps)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.layer_norm(x, (x.shape[-1],), weight, None, self.eps)
+
+
+class TransformerBlock(nn.Module):
+    """Base of the blocks in mixer, backbone and decoder: Muon looks for matrices inside them."""
 
 
 def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
@@ -76,22 +103,33 @@ def _merge(x_BNLP: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Self-attention of any width with whole-width qk-norm (all heads normalised together, no gain).
+    """Self-attention of any width, by choice with whole-width qk-norm (all heads together, no gain).
 
     Source: released MicroDiT; layer-wise scaling gives each block its own width (arXiv 2407.15811, 3.2).
+    Released MaskDiT has no qk-norm.
     """
 
-    def __init__(self, dim: int, width: int, head_dim: int, bias: bool, eps: float, kind: AttentionKind):
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        head_dim: int,
+        bias: bool,
+        eps: float,
+        kind: AttentionKind,
+        qk_norm: bool = True,
+    ) -> None:
         super().__init__()
         self.qkv = nn.Linear(dim, 3 * width, bias=bias)
         self.proj = nn.Linear(width, dim, bias=bias)
-        self.head_dim, self.eps, self.kind = head_dim, eps, kind
+        self.head_dim, self.eps, self.kind, self.qk_norm = head_dim, eps, kind, qk_norm
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Attend over the L tokens where ``mask_BL`` is true (all without a mask)."""
         q, k, v = self.qkv(x_BLD).chunk(3, dim=-1)
-        q = F.layer_norm(q, (q.shape[-1],), eps=self.eps)
-        k = F.layer_norm(k, (k.shape[-1],), eps=self.eps)
+        if self.qk_norm:
+            q = F.layer_norm(q, (q.shape[-1],), eps=self.eps)
+            k = F.layer_norm(k, (k.shape[-1],), eps=self.eps)
         q, k, v = (_heads(t, self.head_dim) for t in (q, k, v))
         return self.proj(_merge(attend(q, k, v, mask_BL, self.kind)))
 
@@ -133,13 +171,50 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
-class AdaLN(nn.Sequential):
-    """Linear( GELU-tanh(c) ): shifts, scales and gates from the condition. The released index 1 is kept."""
+class MLP(nn.Module):
+    """fc2( GELU-tanh( fc1 x ) ): the feed-forward of DiT and MaskDiT."""
 
-    def __init__(self, dim: int, outputs: int) -> None:
+    def __init__(self, dim: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feed-forward over the last dimension."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+Activation = Literal["gelu", "silu"]
+
+
+def _activation(name: Activation) -> nn.Module:
+    return nn.SiLU() if name == "silu" else nn.GELU(approximate="tanh")
+
+
+class AdaLN(nn.Sequential):
+    """Linear( activation(c) ): shifts, scales and gates from the condition. The released index 1 is kept."""
+
+    def __init__(self, dim: int, outputs: int, activation: Activation = "gelu") -> None:
         linear = nn.Linear(dim, outputs)
-        super().__init__(nn.GELU(approximate="tanh"), linear)
+        super().__init__(_activation(activation), linear)
         self.linears = (linear,)  # a tuple: not registered a second time
+
+
+class ModulatedLinear(nn.Module):
+    """Modulated norm and a linear map: out of the network, and into MaskDiT's decoder."""
+
+    def __init__(
+        self, dim: int, condition_dim: int, outputs: int, eps: float, gain: bool, activation: Activation
+    ) -> None:
+        super().__init__()
+        self.norm_final = LayerNorm(dim, eps, gain)
+        self.linear = nn.Linear(dim, outputs)
+        self.adaLN_modulation = AdaLN(condition_dim, 2 * dim, activation)
+
+    def forward(self, x_BKD: Tensor, c_BD: Tensor) -> Tensor:
+        """Map the last dimension."""
+        shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x_BKD), shift, scale))
 
 
 class NormLinear(nn.Sequential):
@@ -150,19 +225,17 @@ class NormLinear(nn.Sequential):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal features of the noise coordinate, then Linear, GELU-tanh, Linear.
+    """Sinusoidal features of the noise coordinate, then Linear, activation, Linear.
 
-    512 features, cosines first: f_j = exp(-ln(10000) j / 256).
-
-    Source: released MicroDiT, ``TimestepEmbedder``.
+    Cosines first: f_j = exp(-ln(10000) j / (features / 2)). Released MicroDiT: 512 features, GELU-tanh;
+    released MaskDiT: 256, SiLU.
     """
 
-    features = 512
-
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, features: int = 512, activation: Activation = "gelu") -> None:
         super().__init__()
-        first, last = nn.Linear(self.features, dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(first, nn.GELU(approximate="tanh"), last)
+        self.features = features
+        first, last = nn.Linear(features, dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(first, _activation(activation), last)
         self.linears = (first, last)  # a tuple: not registered a second time
 
     def forward(self, time_B: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
@@ -202,6 +275,23 @@ class CaptionBlock(nn.Module):
         """Refine the caption tokens."""
         y_BSD = y_BSD + self.attn(self.norm1(y_BSD), mask_BS)
         return y_BSD + self.mlp(self.norm2(y_BSD))
+
+
+class ClassEmbedding(nn.Module):
+    """One vector a class; class -1 is the zero vector.
+
+    Stored as the released MaskDiT does: a linear map without bias of the one-hot class.
+    """
+
+    def __init__(self, classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Linear(classes, dim, bias=False)
+
+    def forward(self, class_B: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        """Look up."""
+        weight = self.embedding_table.weight
+        rows_BD = weight.t()[class_B.clamp(min=0)]
+        return torch.where(class_B[:, None] >= 0, rows_BD, 0.0)
 
 
 class PatchEmbedding(nn.Module):

@@ -168,6 +168,8 @@ def _read_start(path: Path, resolution: int) -> Tensor:
 
 def _warn_cut(pipeline: Pipeline, prompts: list[str], console: Console) -> None:
     """Say when a prompt has more tokens than the model reads."""
+    if pipeline.text_encoder is None:
+        return
     _, mask_BS = pipeline.text_encoder(prompts)
     cut = int((mask_BS.sum(1) >= pipeline.text_encoder.max_tokens).sum())
     if cut:

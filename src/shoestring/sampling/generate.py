@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import Conditioning, Denoiser, ImageCodec, TextEncoder
 from shoestring.models.files import load_model
 from shoestring.runtime import PRECISIONS, UserError, Workers, atomic_write, default_workers, stream
-from shoestring.sampling.guidance import GuidedDenoiser
+from shoestring.sampling.guidance import GuidedDenoiser, LeftOut
 from shoestring.sampling.solvers import SOLVERS, OnStep
 from shoestring.tensors import Float, UInt8
 
@@ -45,19 +46,21 @@ def sample_latents(
     start: Float[Tensor, "B C H W"] | None = None,
     strength: float = 1.0,
     on_step: OnStep | None = None,
+    left_out: LeftOut | None = None,
 ) -> Float[Tensor, "B C H W"]:
     """Draw latents.
 
     Args:
         denoiser: estimates x0.
         process: its noise process.
-        conditioning: captions; prepared here, once for the whole run.
+        conditioning: captions or classes; prepared here, once for the whole run.
         noise: standard normal.
         sampling: sampler, steps, guidance.
         negative: captions to move away from, instead of the empty one.
         start: latents to begin with (image to image).
         strength: with ``start``: share of the noise levels that are run; 1 forgets ``start``.
         on_step: called after each step with its number and the estimate of x0.
+        left_out: decides which tokens are left out where ``sampling`` asks for it.
 
     Returns:
         Clean latents.
@@ -68,7 +71,7 @@ def sample_latents(
         skipped = min(sampling.steps, round(sampling.steps * (1 - strength)))
         grid = grid[skipped:]
         x = grid[0][0] * start + grid[0][1] * noise
-    guided = GuidedDenoiser(denoiser, sampling.guidance, sampling.guidance_interval, negative)
+    guided = GuidedDenoiser(denoiser, sampling, negative, left_out)
     return SOLVERS[sampling.sampler](guided, x, grid, guided.prepare(conditioning), on_step)
 
 
@@ -80,17 +83,41 @@ class Pipeline:
     denoiser: Denoiser
     process: Process
     codec: ImageCodec
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
+    """Of text-conditional models."""
     device: torch.device
     resolution: int
     nimg: int
     workers: Workers
+    classes: tuple[str, ...] = ()
+    """Class names by number, of class-conditional models."""
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Caption embeddings on the pipeline's device; an empty text is the empty caption of training."""
+        """The condition that prompts ask for, on the pipeline's device; an empty text asks for none.
+
+        Args:
+            texts: captions; for a class-conditional model names or numbers of classes.
+
+        Returns:
+            One condition a text.
+
+        Raises:
+            UserError: if a class is unknown, or an unconditional model is given words.
+        """
+        condition = self.config.model.condition
+        if condition == "class":
+            numbers = [class_number(text, self.classes, self.config.model.classes) for text in texts]
+            return Conditioning(class_B=torch.tensor(numbers, device=self.device))
+        if condition == "none":
+            wanted = next((text for text in texts if text.strip()), None)
+            if wanted is not None:
+                raise UserError(f'the prompt is {wanted!r}, but this model is unconditional; use --prompt ""')
+            return Conditioning.nothing(len(texts), self.device)
+        assert self.text_encoder is not None
         captions = Conditioning(*self.text_encoder(texts))
         captions = captions.drop(torch.tensor([not text.strip() for text in texts]))
         text_BSD, mask_BS = captions.text_BSD, captions.text_mask_BS
+        assert text_BSD is not None
         assert mask_BS is not None
         # Nobody attends to padding beyond the longest caption where captions are masked.
         longest = int(mask_BS.sum(1).max()) if self.config.model.mask_captions else mask_BS.shape[1]
@@ -126,6 +153,10 @@ class Pipeline:
         prompts = list(prompts)
         side = self.resolution // self.codec.downsampling
         noise = initial_noise(seed, images, (self.codec.channels, side, side)).to(self.device)
+        tokens, patches = self.config.tokens, (side // self.config.model.patch_size,) * 2
+        token_noise = torch.stack(
+            [torch.rand(patches[0] * patches[1], generator=stream(seed, "tokens", i)) for i in images]
+        ).to(self.device)
         conditioning, against = self._captions(prompts, negative)
         begin = None
         if start is not None:
@@ -147,6 +178,7 @@ class Pipeline:
                 None if begin is None else begin[rows],
                 strength,
                 watch,
+                LeftOut(token_noise[rows], tokens.pattern, patches, tokens.block),
             )
 
         parts = list(batches(len(prompts), math.ceil(len(prompts) / pieces)))
@@ -157,6 +189,34 @@ class Pipeline:
         both = self.encode(prompts + ([] if negative is None else [negative] * len(prompts)))
         n = len(prompts)
         return both.part(slice(n)), None if negative is None else both.part(slice(n, None))
+
+
+def class_number(text: str, names: Sequence[str], count: int) -> int:
+    """The class meant by a prompt: its name, or its number; -1 for the empty prompt.
+
+    Args:
+        text: the prompt.
+        names: class names by number; may be empty.
+        count: how many classes the model knows.
+
+    Returns:
+        Its number.
+
+    Raises:
+        UserError: if there is no such class.
+    """
+    text = text.strip()
+    if not text:
+        return -1
+    if text in names:
+        return names.index(text)
+    number = int(text) if text.lstrip("-").isdecimal() else None
+    if number is not None and 0 <= number < count:
+        return number
+    near = difflib.get_close_matches(text, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    named = f" or one of {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
+    raise UserError(f"the prompt is {text!r}; a class is a number from 0 to {count - 1}{named}{hint}")
 
 
 def find_model(path: Path) -> Path:
@@ -205,9 +265,21 @@ def load_pipeline(path: Path, device: torch.device) -> Pipeline:
     config, network, facts = load_model(find_model(path))
     process = build_process(config.process, facts.sigma_data)
     denoiser = process.denoiser(network.to(device), PRECISIONS[config.precision])
-    codec, encoder = build_codec(config.data, device), build_text_encoder(config.data, device)
+    codec = build_codec(config.data, device)
+    encoder = build_text_encoder(config.data, device) if config.model.condition == "text" else None
     workers = Workers(default_workers(device))
-    return Pipeline(config, denoiser, process, codec, encoder, device, facts.resolution, facts.nimg, workers)
+    return Pipeline(
+        config,
+        denoiser,
+        process,
+        codec,
+        encoder,
+        device,
+        facts.resolution,
+        facts.nimg,
+        workers,
+        facts.classes,
+    )
 
 
 def batches(count: int, size: int) -> Iterator[range]:

@@ -1,46 +1,92 @@
-"""Classifier-free guidance as a denoiser around a denoiser. Source: arXiv 2207.12598."""
+"""Guidance as a denoiser around a denoiser: away from a prediction that lacks the condition, or tokens."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from shoestring.config.schema import SamplingConfig
 from shoestring.interfaces import Conditioning, Denoised, Denoiser, NoiseLevel
-from shoestring.tensors import Float, Int
+from shoestring.runtime import UserError
+from shoestring.tensors import Bool, Float, Int, Pattern, visible_from_noise
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What decides which tokens are left out; see :func:`shoestring.tensors.visible_from_noise`."""
+
+    noise_BL: Float[Tensor, "B L"]
+    """Uniform noise of every picture, the same at all steps."""
+    pattern: Pattern = "random"
+    grid: tuple[int, int] | None = None
+    block: int = 2
+
+    def visible(self, ratio: float) -> Tensor | None:
+        """Tokens that stay when a share is left out; none at all for 1."""
+        if ratio == 1:
+            return torch.empty(len(self.noise_BL), 0, dtype=torch.long, device=self.noise_BL.device)
+        return visible_from_noise(self.noise_BL, ratio, self.pattern, self.grid, self.block)
 
 
 class GuidedDenoiser:
-    """u + scale (c - u), where c sees the caption and u the empty (or negative) one.
+    """w + scale (s - w), where s is the strong prediction and w the weak one.
 
-    Scale 1 is the caption alone, 0 the empty caption alone: each costs one network call, every other scale
-    a call on a doubled batch. Outside the interval the caption alone is used (arXiv 2404.07724).
+    By default the weak one lacks the condition (classifier-free guidance, arXiv 2207.12598). It may also, or
+    instead, lack tokens: with TREAD two shares of routed tokens (sparse guidance, arXiv 2601.01608), with
+    SPRINT the whole sparse path (path-drop guidance, arXiv 2510.21986: ``weak=both``, ``weak_ratio=1``).
+
+    Scale 1 is the strong prediction alone, 0 the weak one alone: each costs one network call. Other scales
+    cost a call on a doubled batch, or, where the two see different tokens, two calls. Outside the interval
+    the strong prediction is used (arXiv 2404.07724).
 
     Args:
         denoiser: what to guide.
-        scale: any finite number.
-        interval: guide only where sigma / alpha lies in [low, high]; ``None`` = everywhere.
-        negative: captions to move away from; ``None`` = the empty caption.
+        sampling: scale, interval, what the weak prediction lacks.
+        negative: captions to move away from; ``None`` = the empty condition.
+        left_out: decides which tokens are left out where ``sampling`` asks for it.
+
+    Raises:
+        UserError: if tokens are to be left out and the network then predicts only part of the picture.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        scale: float,
-        interval: tuple[float, float] | None = None,
+        sampling: SamplingConfig,
         negative: Conditioning | None = None,
+        left_out: LeftOut | None = None,
     ) -> None:
-        self.denoiser, self.scale, self.interval, self.negative = denoiser, scale, interval, negative
+        self.denoiser, self.negative = denoiser, negative
+        self.scale, self.interval, self.weak = sampling.guidance, sampling.guidance_interval, sampling.weak
+        self.predicts_all, self.patch_size = denoiser.predicts_all, denoiser.patch_size
+        reduced = sampling.strong_ratio > 0 or self.weak != "condition"
+        if reduced and not denoiser.predicts_all:
+            raise UserError(
+                f"sampling.weak is {self.weak} and sampling.strong_ratio {sampling.strong_ratio}, but "
+                "this model predicts only the tokens it sees; use weak=condition and strong_ratio=0 (tread, "
+                "sprint and maskdit models can leave out tokens)"
+            )
+        self.strong_BK: Tensor | None = None
+        self.weak_BK: Tensor | None = None
+        if reduced:
+            assert left_out is not None
+            self.strong_BK = left_out.visible(sampling.strong_ratio)
+            weak_ratio = sampling.strong_ratio if self.weak == "condition" else sampling.weak_ratio
+            self.weak_BK = left_out.visible(weak_ratio)
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """Prepare the caption, the empty one and both together, once for the whole run."""
-        negative = self.negative if self.negative is not None else conditioning.null()
-        alone = self.denoiser.prepare(conditioning)
+        """Prepare the condition, the weak one and both together, once for the whole run."""
+        strong = self.denoiser.prepare(conditioning)
         if self.scale == 1:
-            return replace(conditioning, prepared=(alone, None, None))
-        pair = None if self.scale == 0 else self.denoiser.prepare(conditioning.cat(negative))
-        return replace(conditioning, prepared=(alone, self.denoiser.prepare(negative), pair))
+            return replace(conditioning, prepared=(strong, None, None))
+        if self.weak == "tokens":
+            return replace(conditioning, prepared=(strong, strong, None))
+        negative = self.negative if self.negative is not None else conditioning.null()
+        together = self.scale != 0 and self.weak == "condition"
+        pair = self.denoiser.prepare(conditioning.cat(negative)) if together else None
+        return replace(conditioning, prepared=(strong, self.denoiser.prepare(negative), pair))
 
     def __call__(
         self,
@@ -48,19 +94,26 @@ class GuidedDenoiser:
         level: NoiseLevel,
         conditioning: Conditioning,
         visible_BK: Int[Tensor, "B K"] | None = None,
+        path_dropped_B: Bool[Tensor, " B"] | None = None,
     ) -> Denoised:
-        """Guided estimate of x0; all samples share the noise level."""
+        """Guided estimate of x0; all samples share the noise level. Tokens are the guidance's business."""
+        assert visible_BK is None, "which tokens are left out is decided by the sampling settings"
+        assert path_dropped_B is None, "likewise"
         if conditioning.prepared is None:
             conditioning = self.prepare(conditioning)
-        alone, empty, pair = conditioning.prepared
+        strong, weak, pair = conditioning.prepared
         ratio = float(level.sigma_B[0] / level.alpha_B[0].clamp(min=1e-12))
         outside = self.interval is not None and not self.interval[0] <= ratio <= self.interval[1]
         if self.scale == 1 or outside:
-            return self.denoiser(xt, level, alone, visible_BK)
+            return self.denoiser(xt, level, strong, self.strong_BK)
         if self.scale == 0:
-            return self.denoiser(xt, level, empty, visible_BK)
-        double = NoiseLevel(level.alpha_B.repeat(2), level.sigma_B.repeat(2))
-        visible_2BK = None if visible_BK is None else visible_BK.repeat(2, 1)
-        both = self.denoiser(torch.cat([xt, xt]), double, pair, visible_2BK)
-        c_BKG, u_BKG = both.x0_BKG.chunk(2)
-        return replace(both, x0_BKG=u_BKG + self.scale * (c_BKG - u_BKG), visible_BK=visible_BK)
+            return self.denoiser(xt, level, weak, self.weak_BK)
+        if pair is not None:
+            double = NoiseLevel(level.alpha_B.repeat(2), level.sigma_B.repeat(2))
+            visible = None if self.strong_BK is None else self.strong_BK.repeat(2, 1)
+            both = self.denoiser(torch.cat([xt, xt]), double, pair, visible)
+            s, w = both.image().chunk(2)
+        else:
+            s = self.denoiser(xt, level, strong, self.strong_BK).image()
+            w = self.denoiser(xt, level, weak, self.weak_BK).image()
+        return Denoised.whole(w + self.scale * (s - w), self.patch_size)

@@ -30,7 +30,7 @@ from shoestring.evaluation.distances import frechet_distance, kernel_distance, w
 from shoestring.evaluation.features import EfficientNetLite0Features
 from shoestring.evaluation.retrieval import near_copy_mask, retrieval_of_folder
 from shoestring.models.files import build_network
-from shoestring.models.microdit import parameter_counts
+from shoestring.models.transformer import parameter_counts
 from shoestring.runtime import pick_device, write_text
 from shoestring.sampling.generate import (
     PNG_KEY,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import signal
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from shoestring import __version__
 from shoestring.config import RunConfig, StageConfig, to_yaml
-from shoestring.data.loader import PreparedData, prepare
+from shoestring.data.loader import Batch, PreparedData, prepare
 from shoestring.data.sources import Splits, load
 from shoestring.diffusion.process import build_process
 from shoestring.encoders.image import build_codec
@@ -27,6 +28,7 @@ from shoestring.encoders.text import build_text_encoder
 from shoestring.evaluation.validation import validation_loss
 from shoestring.interfaces import Conditioning, ImageCodec, TextEncoder
 from shoestring.models.files import build_network
+from shoestring.models.routing import method_class
 from shoestring.planning import measured_peak_flops, model_flops
 from shoestring.runtime import (
     PRECISIONS,
@@ -40,6 +42,7 @@ from shoestring.runtime import (
     write_text,
 )
 from shoestring.sampling.generate import Pipeline, picture_grid, save_png
+from shoestring.tensors import visible_count
 from shoestring.training.checkpoint import Counters, checkpoint_folders, load_checkpoint, save_checkpoint
 from shoestring.training.display import LiveLine, Rate, RunLog, status_line
 from shoestring.training.ema import EMA
@@ -84,13 +87,16 @@ class Run:
         self.device = pick_device(config.device)
         self.counters = Counters()
         self.codec: ImageCodec = build_codec(config.data, self.device)
-        self.text_encoder: TextEncoder = build_text_encoder(config.data, self.device)
-        self._check_widths()
+        self.text_encoder: TextEncoder | None = None
+        if config.model.condition == "text":
+            self.text_encoder = build_text_encoder(config.data, self.device)
+        self._check_settings()
         self.data = self._load_data(config.stages[0])
+        self.classes = self._classes()
         self.sigma_data = config.process.sigma_data or self.data.train.sigma_data()
         network = build_network(config, stream(config.seed, "init")).to(self.device)
         if config.compile:
-            for block in [*network.patch_mixer, *network.blocks]:
+            for block in network.all_blocks():
                 block.compile(dynamic=False, isolate_recompiles=True)
         process = build_process(config.process, self.sigma_data)
         denoiser = process.denoiser(network, PRECISIONS[config.precision])
@@ -102,18 +108,19 @@ class Run:
         )
         workers = Workers(count)
         optimizers = Optimizers(network, config.optimizer, workers)
-        self.learner = Learner(network, process, denoiser, optimizers, EMA(network), workers)
+        self.learner = Learner(network, config.tokens, process, denoiser, optimizers, EMA(network), workers)
         self.peak_flops = self._peak_flops()
         self.stopped = False
 
-    def _check_widths(self) -> None:
+    def _check_settings(self) -> None:
+        """What only shows when model, data and stages are seen together."""
         model, data = self.config.model, self.config.data
         if model.in_channels != self.codec.channels:
             raise UserError(
                 f"model.in_channels is {model.in_channels}, but data.codec={data.codec} gives "
                 f"{self.codec.channels} channels; set model.in_channels={self.codec.channels}"
             )
-        if model.caption_dim != self.text_encoder.width:
+        if self.text_encoder is not None and model.caption_dim != self.text_encoder.width:
             raise UserError(
                 f"model.caption_dim is {model.caption_dim}, but data.text_encoder={data.text_encoder} gives "
                 f"{self.text_encoder.width}; set model.caption_dim={self.text_encoder.width}"
@@ -125,6 +132,42 @@ class Run:
                     f"stage {stage.name!r}: resolution is {stage.resolution}; it must be a multiple of "
                     f"{multiple} (codec {self.codec.downsampling} x model.patch_size {model.patch_size})"
                 )
+            self._check_ratio(stage, (stage.resolution // multiple) ** 2)
+
+    def _check_ratio(self, stage: StageConfig, patches: int) -> None:
+        model, method = self.config.model, method_class(self.config.tokens)
+        largest = max(stage.mask_ratio, stage.mask_ratio_end or 0.0)
+        if largest and not method.drops:
+            raise UserError(
+                f"stage {stage.name!r}: mask_ratio is {largest}, but tokens.method="
+                f"{self.config.tokens.method} drops nothing; set it to 0, or choose another method"
+            )
+        visible, experts = visible_count(patches, largest), model.experts
+        if experts.count and experts.capacity * visible < experts.count:
+            raise UserError(
+                f"stage {stage.name!r}: mask_ratio is {largest}, which leaves {visible} of {patches} "
+                f"patches; {experts.count} experts of capacity {experts.capacity:g} need at least "
+                f"{math.ceil(experts.count / experts.capacity)}"
+            )
+
+    def _classes(self) -> tuple[str, ...]:
+        """Names of the classes by number: the training captions in alphabetical order."""
+        if self.config.model.condition != "class":
+            return ()
+        names, count = tuple(sorted(self.data.train.captions)), self.config.model.classes
+        if len(names) > count:
+            raise UserError(
+                f"model.classes is {count}, but the data have {len(names)} different captions, each a class; "
+                f"set model.classes={len(names)}"
+            )
+        held = self.data.held_out.captions if self.data.held_out is not None else ()
+        foreign = sorted(set(held) - set(names))
+        if foreign:
+            raise UserError(
+                f"data.split is {self.config.data.split}, which keeps the class {foreign[0]!r} out of "
+                "training; with model.condition=class set data.split=pictures"
+            )
+        return names
 
     def _load_data(self, stage: StageConfig) -> StageData:
         data = self.config.data
@@ -233,17 +276,28 @@ class Run:
         shape = data.latent_shape
         patches = shape[1] * shape[2] // self.config.model.patch_size**2
         draws = Draws.make(self.config.seed, "train", self.counters.nimg, stage.batch, shape, patches)
-        captions = self._conditioning(rows.text_BSD, rows.text_mask_BS)
+        dropped_B = (draws.drop_B < self.config.data.caption_drop).to(self.device)
+        tokens = self.config.tokens
+        path_dropped_B = draws.path_B < tokens.path_drop if tokens.method == "sprint" else None
         return TrainingBatch(
             x0=self.codec.latents(rows.moments_BMhw, draws.posterior).to(self.device),
-            conditioning=captions.drop((draws.drop_B < self.config.data.caption_drop).to(self.device)),
+            conditioning=self._conditioning(data.train, rows).drop(dropped_B),
             noise=draws.noise.to(self.device),
             level_B=draws.level_B.to(self.device),
             mask_BL=draws.mask_BL.to(self.device),
+            path_dropped_B=None if path_dropped_B is None else path_dropped_B.to(self.device),
         )
 
-    def _conditioning(self, text_BSD: torch.Tensor, mask_BS: torch.Tensor) -> Conditioning:
-        """Captions on the device, cut to the longest where padding is not attended."""
+    def _conditioning(self, data: PreparedData, rows: Batch) -> Conditioning:
+        """The condition of some rows on the device, captions cut to the longest where padding is unseen."""
+        if self.config.model.condition == "none":
+            return Conditioning.nothing(len(rows.caption_B), self.device)
+        if self.config.model.condition == "class":
+            number_U = torch.tensor([self.classes.index(name) for name in data.captions])
+            return Conditioning(class_B=number_U[rows.caption_B].to(self.device))
+        text_BSD, mask_BS = rows.text_BSD, rows.text_mask_BS
+        assert text_BSD is not None
+        assert mask_BS is not None
         if self.config.model.mask_captions and not self.config.compile:  # compiled once for each length
             longest = int(mask_BS.sum(1).max())
             text_BSD, mask_BS = text_BSD[:, :longest], mask_BS[:, :longest]
@@ -274,12 +328,11 @@ class Run:
     def _row(self, here: Position, lr: float, ratio: float, norm: float) -> dict[str, Any]:
         shape, model = self.data.latent_shape, self.config.model
         grid = (shape[1] // model.patch_size, shape[2] // model.patch_size)
-        tokens = (
-            int(self.data.train.text_mask_US.sum(1).max())
-            if model.mask_captions
-            else self.config.data.max_tokens
-        )
-        flops = model_flops(model, grid, tokens, ratio).training * self._rate.images_per_s
+        captions = self.config.data.max_tokens
+        if model.mask_captions and self.data.train.text_mask_US is not None:
+            captions = int(self.data.train.text_mask_US.sum(1).max())
+        per_image = model_flops(model, grid, captions, ratio, self.config.tokens).training
+        flops = per_image * self._rate.images_per_s
         self.counters.elapsed_s = self._rate.elapsed_s
         return {
             "nimg": self.counters.nimg,
@@ -321,6 +374,7 @@ class Run:
             "sigma_data": self.sigma_data,
             "position_scale": self.learner.model.position_scale,
             "resolution": self.data.resolution,
+            "classes": self.classes,
         }
         save_checkpoint(self.folder, self.learner, self.counters, self.config, facts)
 
@@ -328,7 +382,7 @@ class Run:
         data = self.data.held_out if self.data.held_out is not None else self.data.train
         rows = data.rows(torch.arange(min(len(data), self.config.logging.validation_images)))
         x0 = self.codec.latents(rows.moments_BMhw, torch.zeros(len(rows.index_B), *self.data.latent_shape))
-        captions = self._conditioning(rows.text_BSD, rows.text_mask_BS)
+        captions = self._conditioning(data, rows)
         with self.learner.ema.applied():
             losses = validation_loss(
                 self.learner.process, self.learner.denoiser, x0.to(self.device), captions
@@ -348,6 +402,9 @@ class Run:
         """Captions of the sample grids: as configured, else from the data, a quarter of them held out."""
         if self.config.logging.prompts:
             return list(self.config.logging.prompts)
+        if self.config.model.condition != "text":
+            names = self.classes or ("",)
+            return [names[i % len(names)] for i in range(GRID_PICTURES)]
         held = list(self.data.held_out.captions) if self.data.held_out is not None else []
         held = held[: GRID_PICTURES // 4]
         return list(self.data.train.captions[: GRID_PICTURES - len(held)]) + held
@@ -364,6 +421,7 @@ class Run:
             self.data.resolution,
             nimg,
             self.learner.workers,
+            self.classes,
         )
 
     def _sample(self) -> None:

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from shoestring.config.schema import OptimizerConfig
-from shoestring.models.layers import AdaLN
-from shoestring.models.microdit import Block
+from shoestring.models.layers import AdaLN, TransformerBlock
 from shoestring.models.moe import ExpertChoice
 from shoestring.runtime import UserError, Workers
 from shoestring.training.muon import Muon
@@ -19,13 +18,15 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of every parameter, by its name.
 
     ``block_matrix`` (linear weights inside blocks), ``expert`` (stacked expert matrices), ``matrix``
-    (other linear weights), ``router`` (expert gates), ``vector`` (gains and biases).
+    (other linear weights), ``router`` (expert gates), ``vector`` (gains, biases and mask
+    tokens).
     """
     roles = {
-        name: "matrix" if parameter.ndim >= 2 else "vector" for name, parameter in model.named_parameters()
+        name: "matrix" if parameter.ndim >= 2 and not name.endswith("mask_token") else "vector"
+        for name, parameter in model.named_parameters()
     }
     for module_name, module in model.named_modules():
-        if not isinstance(module, Block):
+        if not isinstance(module, TransformerBlock):
             continue
         for inner_name, inner in module.named_modules():
             prefix = f"{module_name}.{inner_name}"

@@ -57,11 +57,19 @@ def learning_rate(stage: StageConfig, done_nimg: int) -> float:
 
 
 def mask_ratio(stage: StageConfig, done_nimg: int) -> float:
-    """Constant, or linear over the stage from ``mask_ratio`` to ``mask_ratio_end`` in sixteenths."""
+    """Constant, or over the stage from ``mask_ratio`` to ``mask_ratio_end`` in sixteenths.
+
+    Linear in images, or end + (start - end) cos(pi/2 progress)^power.
+
+    Source: MaskDiT, arXiv 2306.09305, unmasking tuning (cosine schedules, here of any power).
+    """
     if stage.mask_ratio_end is None:
         return stage.mask_ratio
-    progress = done_nimg / max(1, (stage.steps - 1) * stage.batch)
-    ratio = stage.mask_ratio + (stage.mask_ratio_end - stage.mask_ratio) * min(1.0, progress)
+    progress = min(1.0, done_nimg / max(1, (stage.steps - 1) * stage.batch))
+    left = 1 - progress
+    if stage.mask_schedule == "cosine":
+        left = max(0.0, math.cos(math.pi / 2 * progress)) ** stage.mask_power
+    ratio = stage.mask_ratio_end + (stage.mask_ratio - stage.mask_ratio_end) * left
     return min(MASK_STEPS - 1, round(ratio * MASK_STEPS)) / MASK_STEPS
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from shoestring.config.schema import NoiseConfig, StageConfig
+from shoestring.config.schema import NoiseConfig, StageConfig, TokensConfig
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import Process
 from shoestring.interfaces import Conditioning, Denoiser
-from shoestring.models.microdit import MicroDiT
+from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import Workers, stream_seed
 from shoestring.tensors import visible_from_noise
 from shoestring.training.ema import EMA
@@ -29,6 +29,7 @@ class Draws:
     posterior: Tensor
     mask_BL: Tensor
     drop_B: Tensor
+    path_B: Tensor
 
     @staticmethod
     def make(
@@ -45,11 +46,11 @@ class Draws:
             length: patches per image.
 
         Returns:
-            Standard normal (level, noise, posterior) and uniform (mask, drop) numbers, on the CPU.
+            Standard normal (level, noise, posterior) and uniform (mask, drop, path) numbers, on the CPU.
         """
         generator = torch.Generator()
         level, noise, posterior = torch.empty(count), torch.empty(count, *shape), torch.empty(count, *shape)
-        mask, drop = torch.empty(count, length), torch.empty(count)
+        mask, drop, path = torch.empty(count, length), torch.empty(count), torch.empty(count)
         for i in range(count):
             generator.manual_seed(stream_seed(seed, purpose, first + i))
             level[i] = torch.randn((), generator=generator)
@@ -57,18 +58,20 @@ class Draws:
             torch.randn(shape, generator=generator, out=posterior[i])
             torch.rand(length, generator=generator, out=mask[i])
             drop[i] = torch.rand((), generator=generator)
-        return Draws(level, noise, posterior, mask, drop)
+            path[i] = torch.rand((), generator=generator)
+        return Draws(level, noise, posterior, mask, drop, path)
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What a step looks at: clean latents, captions (already dropped where they are) and randomness."""
+    """What a step looks at: clean latents, condition (already dropped where it is) and randomness."""
 
     x0: Tensor
     conditioning: Conditioning
     noise: Tensor
     level_B: Tensor
     mask_BL: Tensor
+    path_dropped_B: Tensor | None = None
 
     def split(self, size: int) -> Iterator[TrainingBatch]:
         """Micro-batches in order."""
@@ -80,17 +83,45 @@ class TrainingBatch:
                 self.noise[part],
                 self.level_B[part],
                 self.mask_BL[part],
+                None if self.path_dropped_B is None else self.path_dropped_B[part],
             )
 
 
 def batch_loss(
-    process: Process, denoiser: Denoiser, batch: TrainingBatch, noise: NoiseConfig, mask_ratio: float
+    process: Process,
+    denoiser: Denoiser,
+    batch: TrainingBatch,
+    noise: NoiseConfig,
+    mask_ratio: float,
+    tokens: TokensConfig | None = None,
 ) -> Tensor:
-    """Mean loss of a batch."""
+    """Mean loss of a batch.
+
+    Args:
+        process: noise process.
+        denoiser: estimates x0.
+        batch: samples and their random numbers.
+        noise: distribution of noise levels.
+        mask_ratio: share of patches dropped.
+        tokens: which patches, and what becomes of the dropped ones; ``None`` = the defaults.
+
+    Returns:
+        A number.
+    """
+    tokens = tokens if tokens is not None else TokensConfig()
     level = process.level_from_normal(batch.level_B, noise)
-    visible_BK = visible_from_noise(batch.mask_BL, mask_ratio)
+    grid = (batch.x0.shape[2] // denoiser.patch_size, batch.x0.shape[3] // denoiser.patch_size)
+    visible_BK = visible_from_noise(batch.mask_BL, mask_ratio, tokens.pattern, grid, tokens.block)
     return denoising_loss(
-        process, denoiser, batch.x0, batch.noise, level, batch.conditioning, visible_BK
+        process,
+        denoiser,
+        batch.x0,
+        batch.noise,
+        level,
+        batch.conditioning,
+        visible_BK,
+        batch.path_dropped_B,
+        tokens,
     ).mean()
 
 
@@ -98,7 +129,8 @@ def batch_loss(
 class Learner:
     """What a step changes: weights, optimisers, average."""
 
-    model: MicroDiT
+    model: DiffusionTransformer
+    tokens: TokensConfig
     process: Process
     denoiser: Denoiser
     optimizers: Optimizers
@@ -119,9 +151,10 @@ def _accumulate(learner: Learner, batch: TrainingBatch, stage: StageConfig, mask
     summed: list[Tensor] | None = None
 
     def gradient(part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss = batch_loss(learner.process, learner.denoiser, part, stage.noise, mask_ratio)
+        loss = batch_loss(learner.process, learner.denoiser, part, stage.noise, mask_ratio, learner.tokens)
         loss = loss * (len(part.x0) / len(batch.x0))
-        return loss.detach(), torch.autograd.grad(loss, parameters)
+        # A mask token has no gradient in steps that drop nothing: zero then.
+        return loss.detach(), torch.autograd.grad(loss, parameters, materialize_grads=True)
 
     # The first time, one part after another: a compiled block is then compiled once, not once a thread.
     shape = (len(batch.x0), mask_ratio)
