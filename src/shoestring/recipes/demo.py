@@ -115,7 +115,7 @@ def demo_shapes() -> RunConfig:
 
     Paper:    the method of MicroDiT, arXiv 2407.15811.
     Hardware: two CPU cores.
-    Hours:    0.17 beside a test run (measured, see EXPERIMENTS.md); not timed alone.
+    Hours:    0.14 (measured, see EXPERIMENTS.md).
     Dollars:  0.
     Metric:   above 80 % of single-shape prompts right in shape and colour (measured, see EXPERIMENTS.md).
     """
