@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -66,3 +68,21 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder 'shared' beside the repository ({ROOT.name}): golden files are not at hand")
     return folder
+
+
+@pytest.fixture
+def mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Call the command line with some words; what it says of a user's mistake: one sentence, exit code 2."""
+    from shoestring import cli
+
+    def call(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["shoestring", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        said = capsys.readouterr().err.strip()
+        assert stopped.value.code == 2, said
+        assert said.startswith("shoestring: ")
+        assert "\n" not in said
+        return said
+
+    return call

@@ -51,14 +51,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # ------------------------------------------------------------------------------------- the checker
 
 
-def test_golden_file_passes(golden, capsys):
-    assert check.main([str(golden)]) == 0
-    assert capsys.readouterr().out.count(" ok") == len(OUTPUTS)
+ALL_OUTPUTS = [(kind, name) for kind, (_, limits) in check.CHECKERS.items() for name in limits]
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_altered_output_fails(golden, name, tmp_path, capsys):
-    tensors, metadata = read(golden)
+@pytest.mark.parametrize("kind", check.CHECKERS)
+def test_golden_file_passes(shared, kind, capsys):
+    assert check.main([str(shared / "golden" / f"{kind}_a.safetensors")]) == 0
+    expected = [name for of, name in ALL_OUTPUTS if of == kind]
+    assert capsys.readouterr().out.count(" ok") == len(expected)
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL_OUTPUTS)
+def test_altered_output_fails(shared, kind, name, tmp_path, capsys):
+    tensors, metadata = read(shared / "golden" / f"{kind}_a.safetensors")
     kept = {k: t for k, t in tensors.items() if not k.startswith("out.") or k == f"out.{name}"}
     kept[f"out.{name}"] = kept[f"out.{name}"] + 1e-2
     save_file(kept, tmp_path / "altered.safetensors", metadata)

@@ -10,6 +10,7 @@ import torch
 
 from shoestring import recipes
 from shoestring.config import MixerConfig, ModelConfig, parse_yaml, schema, to_yaml
+from shoestring.models.files import build_network
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.transformer import parameter_counts
 from shoestring.recipes.microdit import BATCH, tiny2, tiny2_paper, xl2
@@ -26,7 +27,8 @@ def test_recipe_builds_round_trips_and_explains_itself(name: str) -> None:
     config = recipes.get(name)
     assert config.name == name
     assert parse_yaml(to_yaml(config, recipes.describe(name))) == config
-    model = on_meta(config.model)
+    with torch.device("meta"):
+        model = build_network(config)
     side = config.stages[-1].resolution // (8 if config.data.codec == "autoencoder-kl" else 1)
     assert side % model.patch_size == 0
     assert config.model.caption_dim == {"hashing": 256, "minilm": 384, "clip": 1024}[config.data.text_encoder]

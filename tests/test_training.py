@@ -20,7 +20,7 @@ from shoestring.runtime import Workers, stream
 from shoestring.training.ema import EMA
 from shoestring.training.muon import Muon, orthogonalize
 from shoestring.training.optim import Optimizers, parameter_roles
-from shoestring.training.schedule import ema_decay, learning_rate, mask_ratio, position
+from shoestring.training.schedule import ema_decay, learning_rate, position
 from shoestring.training.step import Draws, Learner, NonFiniteLoss, TrainingBatch, train_step
 
 SMALL = ModelConfig(
@@ -151,13 +151,13 @@ def test_learning_rate_does_not_depend_on_the_batch_beyond_one_step():
 
 def test_mask_ratio_moves_in_sixteenths():
     moving = stage(mask_ratio=0.75, mask_ratio_end=0.0)
-    ratios = [mask_ratio(moving, nimg) for nimg in range(0, 1000, 10)]
+    ratios = [moving.mask_ratio_at(nimg) for nimg in range(0, 1000, 10)]
     assert ratios[0] == 0.75
     assert ratios[-1] == 0.0
     assert ratios == sorted(ratios, reverse=True)
     assert len(set(ratios)) == 13
-    assert mask_ratio(stage(mask_ratio=0.5), 700) == 0.5
-    assert mask_ratio(stage(mask_ratio=0.99, mask_ratio_end=0.5), 0) < 1
+    assert stage(mask_ratio=0.5).mask_ratio_at(700) == 0.5
+    assert stage(mask_ratio=0.99, mask_ratio_end=0.5).mask_ratio_at(0) < 1
 
 
 def test_ema_starts_late_and_ramps_up_over_stages():

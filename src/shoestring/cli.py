@@ -21,6 +21,7 @@ from shoestring.runtime import TrainingFailed, UserError, keep_freed_memory, pic
 INTERRUPTED = 130
 FAILED = 1
 USER_MISTAKE = 2
+TABLE_WIDTH = 200
 
 console = Console()
 app = typer.Typer(
@@ -32,6 +33,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List recipes; with show NAME, print one whole.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
+study_app = typer.Typer(help="Compare methods side by side.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
 
 Recipe = Annotated[str, typer.Argument(help="name of a recipe (see: shoestring recipes list) or a YAML file")]
 Overrides = Annotated[
@@ -153,6 +156,56 @@ def retrieval(
 
     for key, value in recompute_retrieval(run, samples or run / "samples").items():
         say(console, f"{key}: {value:g}")
+
+
+@app.command()
+def flops(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Count what a recipe costs: parameters, FLOPs of an image, of every stage and of the run."""
+    from shoestring.planning import plan, plan_table
+
+    config = recipes.resolve(recipe, overrides or [])
+    table = plan_table(plan(config), recipes.published_gflop(config))
+    # Into a file or a pipe as wide as it needs to be.
+    (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(table)
+
+
+@study_app.command("tokens")
+def study_tokens(
+    preset: Annotated[str, typer.Option(help="tiny (a laptop, no data) or cifar10")] = "tiny",
+    data: Annotated[str | None, typer.Option(help="cifar10: folder of the two Parquet files")] = None,
+    cells: Annotated[
+        list[str] | None, typer.Option(help="a group or a cell; may be repeated [default: all]")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="time for everything, such as 3m or 1.5h")] = None,
+    nimg: Annotated[int | None, typer.Option(help="images a cell [default: the preset's]", min=1)] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="only print cells, hours and dollars")] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="first time all recipes in turns, on a quiet machine")
+    ] = False,
+    show: Annotated[str | None, typer.Option(help="print a cell's recipe, to train it on its own")] = None,
+    usd_per_hour: Annotated[float, typer.Option(help="price of the machine", min=0)] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="folder [default: runs/study-tokens-PRESET]")] = None,
+) -> None:
+    """Compare ways of dropping tokens at equal images, FLOPs and time.
+
+    Interrupted, the same command goes on; several at once share the cells.
+    """
+    from shoestring.studies.token_command import TokensJob, run_tokens
+
+    job = TokensJob(
+        preset=preset,
+        data=data,
+        cells=tuple(cells or ()),
+        budget=budget,
+        nimg=nimg,
+        plan=plan,
+        time=time,
+        show=show,
+        out=out or Path("runs") / f"study-tokens-{preset}",
+        usd_per_hour=usd_per_hour,
+    )
+    if not run_tokens(job, console):
+        raise typer.Exit(INTERRUPTED)
 
 
 @recipes_app.callback()

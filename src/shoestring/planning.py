@@ -1,23 +1,31 @@
-"""What a model costs: FLOPs of a forward pass and of a training step, and the machine's matmul peak.
+"""What a model and a run cost: FLOPs of a forward pass, of a training step and of all stages, and the
+machine's matmul peak.
 
 ``flops`` counts two per multiply-accumulate. Only matrix products are counted, as everybody does.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 from torch import Tensor
 
-from shoestring.config.schema import ModelConfig, TokensConfig
-from shoestring.models.files import FAMILIES
+from shoestring.config.schema import CODEC_DOWNSAMPLING, ModelConfig, RunConfig, StageConfig, TokensConfig
+from shoestring.models.files import FAMILIES, build_network
 from shoestring.models.layers import attention_width, mlp_width, swiglu_width
 from shoestring.models.microdit import has_experts
-from shoestring.models.routing import build_method
+from shoestring.models.routing import build_method, method_class
+from shoestring.models.transformer import parameter_counts
+from shoestring.runtime import UserError
 from shoestring.tensors import gather_tokens, visible_count
 
 Dispatch = Literal["gather", "one-hot"]
@@ -152,6 +160,191 @@ def model_flops(
     macs += predicted * last_dim * patch_values + 2 * d * last_dim
     training = 3 * macs - counter.constant + 2 * inputs
     return Flops(forward=2.0 * (macs + inputs), training=2.0 * training)
+
+
+# -- a run -------------------------------------------------------------------------------------------------
+
+
+def patch_grid(config: RunConfig, stage: StageConfig, downsampling: int) -> tuple[int, int]:
+    """Rows and columns of patches in a stage.
+
+    Args:
+        config: the run.
+        stage: one of its stages.
+        downsampling: pixels per latent along one side.
+
+    Returns:
+        The grid.
+
+    Raises:
+        UserError: if the resolution does not divide into patches, or the stage's mask ratio does not fit
+            the token method or the experts.
+    """
+    model, multiple = config.model, downsampling * config.model.patch_size
+    if stage.resolution % multiple:
+        raise UserError(
+            f"stage {stage.name!r}: resolution is {stage.resolution}; it must be a multiple of "
+            f"{multiple} (codec {downsampling} x model.patch_size {model.patch_size})"
+        )
+    side = stage.resolution // multiple
+    largest = max(stage.mask_ratio, stage.mask_ratio_end or 0.0, *_ratios(stage))
+    if largest and not method_class(config.tokens).drops:
+        raise UserError(
+            f"stage {stage.name!r}: mask_ratio is {largest}, but tokens.method={config.tokens.method} "
+            "drops nothing; set it to 0, or choose another method"
+        )
+    visible, experts = visible_count(side * side, largest), model.experts
+    if experts.count and experts.capacity * visible < experts.count:
+        raise UserError(
+            f"stage {stage.name!r}: mask_ratio is {largest}, which leaves {visible} of {side * side} "
+            f"patches; {experts.count} experts of capacity {experts.capacity:g} need at least "
+            f"{math.ceil(experts.count / experts.capacity)}"
+        )
+    return side, side
+
+
+def _ratios(stage: StageConfig) -> Counter[float]:
+    """Mask ratios of a stage, and in how many of its steps each is used."""
+    if stage.mask_ratio_end is None:
+        return Counter({stage.mask_ratio: stage.steps})
+    return Counter(stage.mask_ratio_at(step * stage.batch) for step in range(stage.steps))
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage costs. Where the mask ratio moves, figures per image are means over the stage."""
+
+    name: str
+    nimg: int
+    resolution: int
+    patches: int
+    visible: float
+    """Share of the patches that the reduced part of the network sees."""
+    flops: Flops
+    """Of one image."""
+    one_hot: Flops | None
+    """Of one image with the released dispatch of experts; ``None`` without experts."""
+
+    @property
+    def training(self) -> float:
+        """FLOPs of the whole stage."""
+        return self.flops.training * self.nimg
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run costs."""
+
+    name: str
+    parameters: int
+    active: int
+    """Parameters that an average token meets (of experts, those that see it)."""
+    caption_tokens: int
+    """Of every caption, padding included; 0 without captions."""
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def training(self) -> float:
+        """FLOPs of all stages."""
+        return sum(stage.training for stage in self.stages)
+
+
+def plan(config: RunConfig) -> RunPlan:
+    """Count a run. No weights and no data are loaded.
+
+    Args:
+        config: the run.
+
+    Returns:
+        Parameters, and the FLOPs of every stage.
+
+    Raises:
+        UserError: if model, token method and stages do not fit together.
+    """
+    grids = [patch_grid(config, stage, CODEC_DOWNSAMPLING[config.data.codec]) for stage in config.stages]
+    with torch.device("meta"):
+        parameters, active = parameter_counts(build_network(config))
+    captions = config.data.max_tokens if config.model.condition == "text" else 0
+    stages = tuple(_plan_stage(config, *pair, captions) for pair in zip(config.stages, grids, strict=True))
+    return RunPlan(config.name, parameters, active, captions, stages)
+
+
+def _plan_stage(config: RunConfig, stage: StageConfig, grid: tuple[int, int], captions: int) -> StagePlan:
+    model, tokens, patches, ratios = config.model, config.tokens, grid[0] * grid[1], _ratios(stage)
+
+    def mean(values: list[float]) -> float:
+        return sum(v * n for v, n in zip(values, ratios.values(), strict=True)) / stage.steps
+
+    def count(dispatch: Dispatch) -> Flops:
+        each = [model_flops(model, grid, captions, ratio, tokens, dispatch) for ratio in ratios]
+        return Flops(mean([flops.forward for flops in each]), mean([flops.training for flops in each]))
+
+    return StagePlan(
+        stage.name,
+        stage.steps * stage.batch,
+        stage.resolution,
+        patches,
+        mean([visible_count(patches, ratio) / patches for ratio in ratios]),
+        count("gather"),
+        count("one-hot") if model.experts.count else None,
+    )
+
+
+def plan_table(run: RunPlan, published_gflop: Mapping[str, float]) -> Table:
+    """A plan for people: one column a stage, one row a quantity, each with where it comes from.
+
+    Args:
+        run: the plan.
+        published_gflop: training GFLOP of one image by name of the stage, as far as published.
+
+    Returns:
+        The table.
+    """
+    title = f"{run.name}: {run.parameters:,} parameters, {run.active:,} active per token"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in (*(stage.name for stage in run.stages), "run"):
+        table.add_column(name, justify="right", overflow="fold")
+    stages = run.stages
+
+    def row(label: str, values: Iterable[str], whole: str = "", last: bool = False) -> None:
+        table.add_row(label, *values, whole, end_section=last)
+
+    row("images", [_many(stage.nimg) for stage in stages], _many(sum(stage.nimg for stage in stages)))
+    row("pixels a side", [str(stage.resolution) for stage in stages])
+    row("patches", [str(stage.patches) for stage in stages])
+    row("of which visible", [f"{stage.visible:.1%}" for stage in stages], last=True)
+    for unit, per in (("Gflops", 1e9), ("Gmacs", 2e9)):
+        row(f"forward {unit} (counted)", [_figure(stage.flops.forward / per) for stage in stages])
+        row(f"training {unit} (counted)", [_figure(stage.flops.training / per) for stage in stages])
+    one_hot = [_figure(stage.one_hot.training / 1e9) for stage in stages if stage.one_hot is not None]
+    if one_hot:
+        row("training Gflops, one-hot (counted)", one_hot)
+    if published_gflop:
+        known = [published_gflop.get(stage.name) for stage in stages]
+        row("training Gflops (published)", ["" if value is None else f"{value:g}" for value in known])
+    table.add_section()
+    prefix, per = next(((x, p) for x, p in (("E", 1e18), ("P", 1e15)) if run.training >= p), ("T", 1e12))
+    totals = [f"{stage.training / per:,.4g}" for stage in stages]
+    row(f"all training {prefix}flops (counted)", totals, f"{run.training / per:,.4g}")
+    table.caption = (
+        "Gflops and Gmacs of one image. flops: 2 per multiply-accumulate (mac), in matrix products; "
+        "training: forward and backward, recomputation not counted"
+        + (f"; captions of {run.caption_tokens} tokens" if run.caption_tokens else "")
+        + ("; one-hot: experts as in the released code" if one_hot else "")
+    )
+    return table
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _many(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+# -- the machine -------------------------------------------------------------------------------------------
 
 
 def measured_peak_flops(

@@ -21,11 +21,15 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from shoestring.config.schema import NoiseConfig, SamplingConfig
+from shoestring.config.schema import DecoderConfig, NoiseConfig, SamplingConfig, TokensConfig
+from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import Coefficients, EDMProcess
-from shoestring.interfaces import Conditioning, NoiseLevel
+from shoestring.interfaces import Conditioning, Denoiser, NoiseLevel
+from shoestring.models.maskdit import MaskDiT
 from shoestring.models.microdit import MicroDiT
-from shoestring.models.released import config_from_released, load_released
+from shoestring.models.released import load_released
+from shoestring.models.released_config import config_from_released, maskdit_config
+from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import UserError, pick_device
 from shoestring.sampling.guidance import GuidedDenoiser
 from shoestring.sampling.solvers import heun
@@ -102,88 +106,158 @@ class BareNetwork(EDMProcess):
         return Coefficients(skip_B=0 * one_B, out_B=one_B, in_B=one_B, time_B=level.sigma_B)
 
 
-def microdit(golden: Golden) -> Outputs:
-    """What a MicroDiT golden file may hold, and how to compute it."""
-    try:
-        model = MicroDiT(config_from_released(golden.metadata))
-        model.position_scale = float(json.loads(golden.metadata["dit"]).get("pos_interp_scale", 1.0))
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{golden.path}: the metadata describe no MicroDiT ({error!r})") from error
-    load_released(model, golden.named("weight."), str(golden.path))
-    model.to(golden.device)
+class Case:
+    """A golden file's network and inputs, and what both kinds of network compute alike.
 
-    process = EDMProcess(golden.value("sigma_data"))
-    denoiser = process.denoiser(model)
-    bare = BareNetwork(1.0).denoiser(model)
-    ratio, scale = golden.value("mask_ratio"), golden.value("cfg_scale")
+    Args:
+        golden: the file; its weights are loaded into the network.
+        network: built from the metadata.
+        conditioning: called when an output needs it.
+        tokens: the token method and its losses.
+    """
 
-    def text() -> Conditioning:
-        return Conditioning(golden.input("captions"))
+    def __init__(
+        self,
+        golden: Golden,
+        network: DiffusionTransformer,
+        conditioning: Callable[[], Conditioning],
+        tokens: TokensConfig,
+    ) -> None:
+        self.golden, self.network, self.conditioning, self.tokens = golden, network, conditioning, tokens
+        load_released(network, golden.named("weight."), str(golden.path))
+        network.to(golden.device)
+        self.process = EDMProcess(golden.value("sigma_data"))
+        self.denoiser = self.process.denoiser(network)
+        self.ratio, self.scale = golden.value("mask_ratio"), golden.value("cfg_scale")
 
-    def level(sigma_B: Tensor) -> NoiseLevel:
+    def level(self, sigma_B: Tensor) -> NoiseLevel:
+        """EDM levels."""
         return NoiseLevel(torch.ones_like(sigma_B), sigma_B)
 
-    def visible() -> Tensor | None:
-        return visible_from_noise(golden.input("mask_noise"), ratio)
+    def visible(self) -> Tensor | None:
+        """Visible patches of the file's mask noise."""
+        return visible_from_noise(self.golden.input("mask_noise"), self.ratio)
 
-    def dense() -> Tensor:
-        return bare(golden.input("x"), level(golden.input("c_noise")), text()).image()
-
-    def masked() -> Tensor:
-        return bare(golden.input("x"), level(golden.input("c_noise")), text(), visible()).image()
-
-    def mask() -> Tensor:
-        visible_BK = visible()
-        noise_BL = golden.input("mask_noise")
+    def mask(self) -> Tensor:
+        """1 where a patch is dropped."""
+        visible_BK = self.visible()
+        noise_BL = self.golden.input("mask_noise")
         if visible_BK is None:
             return torch.zeros_like(noise_BL)
         return torch.ones_like(noise_BL).scatter(1, visible_BK, 0.0)
 
-    def cfg() -> Tensor:
-        return GuidedDenoiser(bare, SamplingConfig(guidance=scale))(
-            golden.input("x"), level(golden.input("c_noise")), text()
-        ).image()
+    def estimate(self, denoiser: Denoiser, level_B: Tensor, visible_BK: Tensor | None = None) -> Tensor:
+        """What a denoiser makes of ``in.x``, as images."""
+        x, conditioning = self.golden.input("x"), self.conditioning()
+        return denoiser(x, self.level(level_B), conditioning, visible_BK).image()
 
-    def denoised() -> Tensor:
-        return denoiser(golden.input("x"), level(golden.input("sigma")), text()).image()
+    def guided(self, denoiser: Denoiser) -> GuidedDenoiser:
+        """Guidance as the file wants it."""
+        return GuidedDenoiser(denoiser, SamplingConfig(guidance=self.scale))
 
-    def loss(mask_ratio: float) -> Tensor:
-        noise = NoiseConfig(mean=golden.value("P_mean"), std=golden.value("P_std"))
+    def noise(self) -> NoiseConfig:
+        """Distribution of training noise levels."""
+        return NoiseConfig(mean=self.golden.value("P_mean"), std=self.golden.value("P_std"))
+
+    def loss(self, mask_ratio: float) -> Tensor:
+        """The loss that a training step would see, shaped ``1``."""
         batch = TrainingBatch(
-            x0=golden.input("x"),
-            conditioning=text(),
-            noise=golden.input("loss_noise"),
-            level_B=golden.input("loss_rnd_normal"),
-            mask_BL=golden.input("mask_noise"),
+            x0=self.golden.input("x"),
+            conditioning=self.conditioning(),
+            noise=self.golden.input("loss_noise"),
+            level_B=self.golden.input("loss_rnd_normal"),
+            mask_BL=self.golden.input("mask_noise"),
         )
-        return batch_loss(process, denoiser, batch, noise, mask_ratio)[None]
+        return batch_loss(self.process, self.denoiser, batch, self.noise(), mask_ratio, self.tokens)[None]
 
-    def gradient_norms() -> Tensor:
-        model.zero_grad(set_to_none=False)
+    def sample_losses(self, tokens: TokensConfig) -> Tensor:
+        """The masked loss of each sample."""
+        return denoising_loss(
+            self.process,
+            self.denoiser,
+            self.golden.input("x"),
+            self.golden.input("loss_noise"),
+            self.process.level_from_normal(self.golden.input("loss_rnd_normal"), self.noise()),
+            self.conditioning(),
+            self.visible(),
+            tokens=tokens,
+        )
+
+    def gradient_norms(self) -> Tensor:
+        """Of the masked loss, parameters in string order of their names."""
+        self.network.zero_grad(set_to_none=False)
         with torch.enable_grad():
-            loss(ratio).backward()
-        by_name = sorted(model.named_parameters())
+            self.loss(self.ratio).sum().backward()
+        by_name = sorted(self.network.named_parameters())
         return torch.stack([p.new_zeros(()) if p.grad is None else p.grad.norm() for _, p in by_name])
 
-    def sample_heun() -> Tensor:
+    def sample_heun(self) -> Tensor:
+        """A whole sampling run with guidance."""
+        golden = self.golden
         sigma_max = golden.value("sigma_max", 80)
         sampling = SamplingConfig(
             sigma_min=golden.value("sigma_min", 0.002), sigma_max=sigma_max, rho=golden.value("rho", 7)
         )
-        guided = GuidedDenoiser(denoiser, SamplingConfig(guidance=scale))
-        grid = process.grid(sampling, int(golden.value("heun_steps")))
-        return heun(guided, golden.input("latents") * sigma_max, grid, guided.prepare(text()))
+        guided = self.guided(self.denoiser)
+        grid = self.process.grid(sampling, int(golden.value("heun_steps")))
+        return heun(guided, golden.input("latents") * sigma_max, grid, guided.prepare(self.conditioning()))
+
+
+def microdit(golden: Golden) -> Outputs:
+    """What a MicroDiT golden file may hold, and how to compute it."""
+    try:
+        network = MicroDiT(config_from_released(golden.metadata))
+        network.position_scale = float(json.loads(golden.metadata["dit"]).get("pos_interp_scale", 1.0))
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{golden.path}: the metadata describe no MicroDiT ({error!r})") from error
+    case = Case(golden, network, lambda: Conditioning(golden.input("captions")), TokensConfig())
+    bare = BareNetwork(1.0).denoiser(network)
+
+    def time() -> Tensor:
+        return golden.input("c_noise")
 
     return {
-        "dense": dense,
-        "masked": masked,
-        "mask": mask,
-        "cfg": cfg,
-        "denoised": denoised,
-        "loss_dense": lambda: loss(0.0),
-        "loss_masked": lambda: loss(ratio),
-        "gradnorm_masked": gradient_norms,
-        "sample_heun": sample_heun,
+        "dense": lambda: case.estimate(bare, time()),
+        "masked": lambda: case.estimate(bare, time(), case.visible()),
+        "mask": case.mask,
+        "cfg": lambda: case.estimate(case.guided(bare), time()),
+        "denoised": lambda: case.estimate(case.denoiser, golden.input("sigma")),
+        "loss_dense": lambda: case.loss(0.0),
+        "loss_masked": lambda: case.loss(case.ratio),
+        "gradnorm_masked": case.gradient_norms,
+        "sample_heun": case.sample_heun,
+    }
+
+
+def maskdit(golden: Golden) -> Outputs:
+    """What a MaskDiT golden file may hold, and how to compute it."""
+    keys = ("hidden_size", "depth", "num_heads", "patch_size", "in_channels", "num_classes")
+    decoder_keys = ("decoder_depth", "decoder_width", "decoder_heads")
+    sizes = [int(golden.value(key)) for key in keys]
+    depth, width, heads = (int(golden.value(key, 0)) for key in decoder_keys)
+    tokens = TokensConfig(method="dense")
+    try:
+        decoder = DecoderConfig(depth=depth, dim=width, head_dim=width // heads) if depth else None
+        config = maskdit_config(*sizes, decoder)
+        if decoder is not None:
+            tokens = TokensConfig(method="maskdit", reconstruction=golden.value("mae_coef"))
+        network = MaskDiT(config, tokens)
+    except (ValidationError, ZeroDivisionError) as error:
+        raise UserError(f"{golden.path}: the metadata describe no MaskDiT ({error!r})") from error
+    case = Case(golden, network, lambda: Conditioning(class_B=golden.input("class_index")), tokens)
+
+    def sigma() -> Tensor:
+        return golden.input("sigma")
+
+    return {
+        "denoised": lambda: case.estimate(case.denoiser, sigma()),
+        "denoised_cfg": lambda: case.estimate(case.guided(case.denoiser), sigma()[1].expand(len(sigma()))),
+        "masked": lambda: case.estimate(case.denoiser, sigma(), case.visible()),
+        "mask": case.mask,
+        "loss_dsm": lambda: case.sample_losses(tokens.model_copy(update={"reconstruction": 0.0})),
+        "loss_total": lambda: case.sample_losses(tokens),
+        "gradnorm": case.gradient_norms,
+        "sample_heun": case.sample_heun,
     }
 
 
@@ -199,9 +273,21 @@ MICRODIT_TOLERANCES = {
     "sample_heun": Tolerance(1e-4, 1e-3, relative_norm=True),
 }
 
+MASKDIT_TOLERANCES = {
+    "denoised": Tolerance(2e-5, 1e-4),
+    "denoised_cfg": Tolerance(5e-5, 1e-4),
+    "masked": Tolerance(2e-5, 1e-4),
+    "mask": Tolerance(0.0, 0.0),
+    "loss_dsm": Tolerance(1e-5, 1e-4),
+    "loss_total": Tolerance(1e-5, 1e-4),
+    "gradnorm": Tolerance(5e-5, 1e-4),
+    "sample_heun": Tolerance(1e-4, 1e-3, relative_norm=True),
+}
+
 # kind in the metadata -> how to compute the outputs, how far each may be off
 CHECKERS: Mapping[str, tuple[Callable[[Golden], Outputs], Mapping[str, Tolerance]]] = {
     "microdit": (microdit, MICRODIT_TOLERANCES),
+    "maskdit": (maskdit, MASKDIT_TOLERANCES),
 }
 
 

@@ -11,6 +11,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MASK_STEPS = 16
+"""A changing mask ratio moves in sixteenths, so that a compiled step is not built anew for every ratio."""
+CODEC_DOWNSAMPLING = {"pixels": 1, "autoencoder-kl": 8}
+"""Pixels per latent along one side, as far as it is known without the weights (those of Stable Diffusion)."""
+
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -265,6 +270,23 @@ class StageConfig(Frozen):
     def steps(self) -> int:
         """Optimiser steps of the stage."""
         return math.ceil(self.nimg / self.batch)
+
+    def mask_ratio_at(self, done_nimg: int) -> float:
+        """Share of patches dropped after ``done_nimg`` images of the stage.
+
+        Constant, or over the stage from ``mask_ratio`` to ``mask_ratio_end`` in sixteenths: linear in
+        images, or end + (start - end) cos(pi/2 progress)^power.
+
+        Source: MaskDiT, arXiv 2306.09305, unmasking tuning (cosine schedules, here of any power).
+        """
+        if self.mask_ratio_end is None:
+            return self.mask_ratio
+        progress = min(1.0, done_nimg / max(1, (self.steps - 1) * self.batch))
+        left = 1 - progress
+        if self.mask_schedule == "cosine":
+            left = max(0.0, math.cos(math.pi / 2 * progress)) ** self.mask_power
+        ratio = self.mask_ratio_end + (self.mask_ratio - self.mask_ratio_end) * left
+        return min(MASK_STEPS - 1, round(ratio * MASK_STEPS)) / MASK_STEPS
 
 
 class OptimizerConfig(Frozen):

@@ -73,13 +73,15 @@ def _read(path: Path, resolution: int) -> CaptionedImages:
             rows = file.read(columns=[picture, "label"]).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"cannot read {path} as parquet: {' '.join(str(error).split())}") from error
+    if not rows:
+        raise UserError(f"{path} holds no pictures; at least one row is needed")
     images = np.empty((len(rows), 3, resolution, resolution), dtype=np.uint8)
     for i, row in enumerate(rows):
         try:
             images[i] = _pixels(row[picture], resolution)
-        except (OSError, TypeError, KeyError, SyntaxError, ValueError) as error:
+        except (OSError, TypeError, KeyError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: row {i + 1} holds no picture ({error})") from error
-        if row["label"] not in range(len(CLASSES)):
+        if not isinstance(row["label"], int) or row["label"] not in range(len(CLASSES)):
             raise UserError(f"{path}: row {i + 1} has label {row['label']}; it must be from 0 to 9")
     captions = tuple(CLASSES[row["label"]] for row in rows)
     return CaptionedImages(torch.from_numpy(images), captions)

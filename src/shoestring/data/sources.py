@@ -14,11 +14,11 @@ __all__ = ["CaptionedImages", "Rejection", "Splits", "load"]
 
 
 def _openmoji(config: DataConfig, resolution: int) -> Splits:
-    pictures = openmoji.load(resolution)
     if config.split == "pictures":
         raise UserError(
             "data.split is pictures, but in openmoji every picture has a caption of its own; use captions"
         )
+    pictures = openmoji.load(resolution)
     return split_by_caption(pictures, config.held_out, config.max_captions, openmoji.CREDIT)
 
 

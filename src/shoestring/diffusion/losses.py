@@ -49,7 +49,7 @@ def denoising_loss(
     denoised = denoiser(xt, level, conditioning, visible_BK, path_dropped_B)
     patch_size = denoised.patch_size
     squared = (denoised.x0_BKG - visible_tokens(x0, patch_size, denoised.visible_BK)).square()
-    if denoised.dropped_x0_BJG is None or tokens is None:
+    if tokens is None or denoised.dropped_x0_BJG is None or not denoised.dropped_x0_BJG.shape[1]:
         return process.weight(level) * squared.mean(dim=(1, 2))
     dropped = (denoised.dropped_x0_BJG - visible_tokens(x0, patch_size, denoised.dropped_BJ)).square()
     if tokens.score_dropped:

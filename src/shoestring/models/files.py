@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -103,8 +103,8 @@ def load_model(path: Path) -> tuple[RunConfig, DiffusionTransformer, ModelFacts]
             f"not {FORMAT!r}"
         )
     config = from_json(header["config"])
-    facts = ModelFacts(**json.loads(header["facts"]))
-    facts = replace(facts, classes=tuple(facts.classes))  # JSON knows lists only
+    stored = json.loads(header["facts"])
+    facts = ModelFacts(**stored | {"classes": tuple(stored.get("classes", ()))})  # JSON knows lists only
     network = build_network(config)
     load_weights(network, tensors, str(path))
     network.position_scale = facts.position_scale

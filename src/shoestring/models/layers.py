@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoestring.models.attention import AttentionKind, attend
 from shoestring.tensors import Bool, Float, Int
-
-AttentionKind = Literal["auto", "sdpa", "explicit"]
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -61,35 +60,6 @@ class TransformerBlock(nn.Module):
 def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """x (1 + scale) + shift, the same for all tokens. Source: DiT, arXiv 2212.09748, adaLN."""
     return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
-
-
-def attend(
-    q_BNLP: Tensor, k_BNSP: Tensor, v_BNSP: Tensor, mask_BS: Tensor | None, kind: AttentionKind
-) -> Tensor:
-    """Scaled dot-product attention, fused or written out.
-
-    On CPUs torch's fused kernel has a bf16 backward pass many times slower than the written-out form
-    (measured here, see EXPERIMENTS.md), hence the choice; ``auto`` takes the faster one.
-
-    Args:
-        q_BNLP: queries.
-        k_BNSP: keys.
-        v_BNSP: values.
-        mask_BS: true at keys that may be attended; ``None`` = all.
-        kind: which form.
-
-    Returns:
-        Attention output, shaped like ``q_BNLP``.
-    """
-    mask = None if mask_BS is None else mask_BS[:, None, None, :]
-    if kind == "auto":
-        kind = "explicit" if q_BNLP.device.type == "cpu" and q_BNLP.dtype == torch.bfloat16 else "sdpa"
-    if kind == "sdpa":
-        return F.scaled_dot_product_attention(q_BNLP, k_BNSP, v_BNSP, attn_mask=mask)
-    scores_BNLS = (q_BNLP * q_BNLP.shape[-1] ** -0.5) @ k_BNSP.transpose(-1, -2)
-    if mask is not None:
-        scores_BNLS = scores_BNLS.masked_fill(~mask, float("-inf"))
-    return scores_BNLS.softmax(dim=-1) @ v_BNSP
 
 
 def _heads(x_BLA: Tensor, head_dim: int) -> Tensor:

@@ -45,6 +45,8 @@ class ExpertChoice(nn.Module):
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Route, compute and combine: gather, batched matrix product, index-add."""
         b, t, d = x_BTD.shape
+        if t == 0:  # guidance by a prediction without any of the tokens
+            return x_BTD
         e = self.w1.shape[0]
         r = self.tokens_per_expert(t)
         with _no_autocast(x_BTD.device.type):

@@ -50,7 +50,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Pass:
-    """The layers of one forward pass, with the condition in them: see :class:`routing.Layers`."""
+    """The layers of one forward pass, with the condition in them: see :class:`token_method.Layers`."""
 
     network: DiffusionTransformer
     grid: tuple[int, int]

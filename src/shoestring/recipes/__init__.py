@@ -12,11 +12,11 @@ from pathlib import Path
 
 from shoestring.config.explain import nearest
 from shoestring.config.files import apply_overrides, load_yaml
-from shoestring.config.schema import RunConfig
-from shoestring.recipes import demo, microdit
+from shoestring.config.schema import RunConfig, StageConfig
+from shoestring.recipes import demo, maskdit, microdit
 from shoestring.runtime import UserError
 
-__all__ = ["RECIPES", "describe", "get", "names", "resolve"]
+__all__ = ["RECIPES", "describe", "get", "names", "published_gflop", "resolve"]
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo": demo.demo,
@@ -25,7 +25,15 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "microdit-tiny2": microdit.microdit_tiny2,
     "microdit-tiny2-paper": microdit.microdit_tiny2_paper,
     "microdit-xl2": microdit.microdit_xl2,
+    "maskdit-xl2-256": maskdit.maskdit_xl2_256,
+    "maskdit-xl2-512": maskdit.maskdit_xl2_512,
+    "maskdit-b2-text": maskdit.maskdit_b2_text,
+    "maskdit-b2-unconditional": maskdit.maskdit_b2_unconditional,
+    "dit-xl2-256": maskdit.dit_xl2_256,
 }
+
+
+PUBLISHED_GFLOP: dict[str, dict[str, float]] = {"microdit-xl2": microdit.PUBLISHED_GFLOP}
 
 
 def names() -> tuple[str, ...]:
@@ -79,6 +87,30 @@ def resolve(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     is_file = name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path or "\\" in name_or_path
     config = load_yaml(Path(name_or_path)) if is_file else get(name_or_path)
     return apply_overrides(config, overrides)
+
+
+def published_gflop(config: RunConfig) -> dict[str, float]:
+    """Published training GFLOP an image, for stages that are as the recipe of that name has them.
+
+    Args:
+        config: a recipe, perhaps changed.
+
+    Returns:
+        Figures by name of the stage; empty where none is known.
+    """
+    table = PUBLISHED_GFLOP.get(config.name, {})
+    if not table:
+        return {}
+
+    def shape(run: RunConfig, stage: StageConfig) -> tuple[object, ...]:
+        ratios = (stage.mask_ratio, stage.mask_ratio_end)
+        return run.model, run.tokens, run.data.codec, run.data.max_tokens, stage.resolution, ratios
+
+    recipe = get(config.name)
+    own = {stage.name: shape(recipe, stage) for stage in recipe.stages}
+    return {
+        s.name: table[s.name] for s in config.stages if s.name in table and shape(config, s) == own[s.name]
+    }
 
 
 def _function(name: str) -> Callable[[], RunConfig]:

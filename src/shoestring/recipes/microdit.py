@@ -63,6 +63,18 @@ def tiny2_paper() -> ModelConfig:
     )
 
 
+PUBLISHED_GFLOP = {
+    "pretrain-256": 287.0,
+    "finetune-256": 737.0,
+    "pretrain-512": 1152.0,
+    "finetune-512": 3398.0,
+}
+"""Training GFLOP of one image, XL/2, by stage; captions of 77 tokens (published: FLOPs over images).
+
+Source: arXiv 2407.15811, table 2. ``shoestring flops microdit-xl2`` counts 2, 3, 7 and
+12 % less; with the products of the released one-hot dispatch of experts 1, 1, 3 and 4 % less.
+"""
+
 EIGHT_H100_USD = 30.0
 """An hour of 8 H100 in the paper's account (published)."""
 

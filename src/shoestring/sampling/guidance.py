@@ -30,6 +30,29 @@ class LeftOut:
         return visible_from_noise(self.noise_BL, ratio, self.pattern, self.grid, self.block)
 
 
+def check_guidance(sampling: SamplingConfig, predicts_all: bool) -> bool:
+    """Whether tokens are to be left out while sampling.
+
+    Args:
+        sampling: what the weak prediction lacks, and the strong one.
+        predicts_all: whether the network predicts also what it does not see.
+
+    Returns:
+        True if any prediction leaves out tokens.
+
+    Raises:
+        UserError: if so, and the network then predicts only part of the picture.
+    """
+    reduced = sampling.strong_ratio > 0 or sampling.weak != "condition"
+    if reduced and not predicts_all:
+        raise UserError(
+            f"sampling.weak is {sampling.weak} and sampling.strong_ratio {sampling.strong_ratio}, but "
+            "this model predicts only the tokens it sees; use weak=condition and strong_ratio=0 (tread, "
+            "sprint and maskdit models can leave out tokens)"
+        )
+    return reduced
+
+
 class GuidedDenoiser:
     """w + scale (s - w), where s is the strong prediction and w the weak one.
 
@@ -37,9 +60,10 @@ class GuidedDenoiser:
     instead, lack tokens: with TREAD two shares of routed tokens (sparse guidance, arXiv 2601.01608), with
     SPRINT the whole sparse path (path-drop guidance, arXiv 2510.21986: ``weak=both``, ``weak_ratio=1``).
 
-    Scale 1 is the strong prediction alone, 0 the weak one alone: each costs one network call. Other scales
-    cost a call on a doubled batch, or, where the two see different tokens, two calls. Outside the interval
-    the strong prediction is used (arXiv 2404.07724).
+    Scale 1 is the strong prediction alone, 0 the weak one alone: each costs one network call, and so does
+    any scale where there is no condition to leave out. Other scales cost a call on a doubled batch, or,
+    where the two see different tokens, two calls. Outside the interval the strong prediction is used (arXiv
+    2404.07724).
 
     Args:
         denoiser: what to guide.
@@ -48,7 +72,8 @@ class GuidedDenoiser:
         left_out: decides which tokens are left out where ``sampling`` asks for it.
 
     Raises:
-        UserError: if tokens are to be left out and the network then predicts only part of the picture.
+        UserError: if tokens are to be left out and the network then predicts only part of the picture, or
+            if there is something to move away from that the weak prediction has nothing to do with.
     """
 
     def __init__(
@@ -61,12 +86,11 @@ class GuidedDenoiser:
         self.denoiser, self.negative = denoiser, negative
         self.scale, self.interval, self.weak = sampling.guidance, sampling.guidance_interval, sampling.weak
         self.predicts_all, self.patch_size = denoiser.predicts_all, denoiser.patch_size
-        reduced = sampling.strong_ratio > 0 or self.weak != "condition"
-        if reduced and not denoiser.predicts_all:
+        reduced = check_guidance(sampling, denoiser.predicts_all)
+        if negative is not None and self.weak == "tokens":
             raise UserError(
-                f"sampling.weak is {self.weak} and sampling.strong_ratio {sampling.strong_ratio}, but "
-                "this model predicts only the tokens it sees; use weak=condition and strong_ratio=0 (tread, "
-                "sprint and maskdit models can leave out tokens)"
+                "a negative prompt is given, but sampling.weak=tokens moves away from fewer tokens and not "
+                "from a prompt; leave it out, or set sampling.weak=condition or both"
             )
         self.strong_BK: Tensor | None = None
         self.weak_BK: Tensor | None = None
@@ -79,7 +103,9 @@ class GuidedDenoiser:
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """Prepare the condition, the weak one and both together, once for the whole run."""
         strong = self.denoiser.prepare(conditioning)
-        if self.scale == 1:
+        unconditional = conditioning.class_B is not None and bool((conditioning.class_B < 0).all())
+        same = unconditional and self.weak == "condition" and self.negative is None
+        if self.scale == 1 or same:
             return replace(conditioning, prepared=(strong, None, None))
         if self.weak == "tokens":
             return replace(conditioning, prepared=(strong, strong, None))
@@ -104,7 +130,7 @@ class GuidedDenoiser:
         strong, weak, pair = conditioning.prepared
         ratio = float(level.sigma_B[0] / level.alpha_B[0].clamp(min=1e-12))
         outside = self.interval is not None and not self.interval[0] <= ratio <= self.interval[1]
-        if self.scale == 1 or outside:
+        if self.scale == 1 or outside or weak is None:
             return self.denoiser(xt, level, strong, self.strong_BK)
         if self.scale == 0:
             return self.denoiser(xt, level, weak, self.weak_BK)

@@ -16,6 +16,10 @@ MAY_CHANGE = {"device", "logging", "sampling"}
 """Settings that may differ when a run goes on: they do not change what is learned."""
 
 
+class Busy(UserError):
+    """Another process works in the folder."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the system frees it when the process ends, however it ends.
@@ -24,7 +28,8 @@ def locked(folder: Path) -> Iterator[None]:
         folder: made if needed.
 
     Raises:
-        UserError: if another process holds it, or it cannot be written.
+        Busy: if another process holds it.
+        UserError: if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(
+            raise Busy(
                 f"another run is working in {folder}; wait for it or choose another folder with --out"
             ) from error
         yield

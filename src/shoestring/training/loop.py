@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import signal
 from collections.abc import Iterator
@@ -28,8 +27,8 @@ from shoestring.encoders.text import build_text_encoder
 from shoestring.evaluation.validation import validation_loss
 from shoestring.interfaces import Conditioning, ImageCodec, TextEncoder
 from shoestring.models.files import build_network
-from shoestring.models.routing import method_class
-from shoestring.planning import measured_peak_flops, model_flops
+from shoestring.models.routing import build_method
+from shoestring.planning import measured_peak_flops, model_flops, patch_grid
 from shoestring.runtime import (
     PRECISIONS,
     TrainingFailed,
@@ -42,13 +41,13 @@ from shoestring.runtime import (
     write_text,
 )
 from shoestring.sampling.generate import Pipeline, picture_grid, save_png
-from shoestring.tensors import visible_count
+from shoestring.sampling.guidance import check_guidance
 from shoestring.training.checkpoint import Counters, checkpoint_folders, load_checkpoint, save_checkpoint
 from shoestring.training.display import LiveLine, Rate, RunLog, status_line
 from shoestring.training.ema import EMA
 from shoestring.training.folder import check_same_run, locked, remember
 from shoestring.training.optim import Optimizers
-from shoestring.training.schedule import Position, ema_decay, learning_rate, mask_ratio, position
+from shoestring.training.schedule import Position, ema_decay, learning_rate, position
 from shoestring.training.step import Draws, Learner, NonFiniteLoss, TrainingBatch, train_step
 
 GRID_PICTURES = 16
@@ -126,29 +125,10 @@ class Run:
                 f"{self.text_encoder.width}; set model.caption_dim={self.text_encoder.width}"
             )
         for stage in self.config.stages:
-            multiple = self.codec.downsampling * model.patch_size
-            if stage.resolution % multiple:
-                raise UserError(
-                    f"stage {stage.name!r}: resolution is {stage.resolution}; it must be a multiple of "
-                    f"{multiple} (codec {self.codec.downsampling} x model.patch_size {model.patch_size})"
-                )
-            self._check_ratio(stage, (stage.resolution // multiple) ** 2)
-
-    def _check_ratio(self, stage: StageConfig, patches: int) -> None:
-        model, method = self.config.model, method_class(self.config.tokens)
-        largest = max(stage.mask_ratio, stage.mask_ratio_end or 0.0)
-        if largest and not method.drops:
-            raise UserError(
-                f"stage {stage.name!r}: mask_ratio is {largest}, but tokens.method="
-                f"{self.config.tokens.method} drops nothing; set it to 0, or choose another method"
-            )
-        visible, experts = visible_count(patches, largest), model.experts
-        if experts.count and experts.capacity * visible < experts.count:
-            raise UserError(
-                f"stage {stage.name!r}: mask_ratio is {largest}, which leaves {visible} of {patches} "
-                f"patches; {experts.count} experts of capacity {experts.capacity:g} need at least "
-                f"{math.ceil(experts.count / experts.capacity)}"
-            )
+            patch_grid(self.config, stage, self.codec.downsampling)
+        with torch.device("meta"):
+            method = build_method(model, self.config.tokens)
+        check_guidance(self.config.sampling, method.predicts_all)
 
     def _classes(self) -> tuple[str, ...]:
         """Names of the classes by number: the training captions in alphabetical order."""
@@ -305,7 +285,7 @@ class Run:
 
     def _step(self, here: Position, line: LiveLine) -> None:
         stage, done = here.stage, here.done_nimg
-        lr, ratio = learning_rate(stage, done), mask_ratio(stage, done)
+        lr, ratio = learning_rate(stage, done), stage.mask_ratio_at(done)
         try:
             loss, norm = train_step(self.learner, self._batch(here), stage, lr, ratio, ema_decay(here))
         except NonFiniteLoss as error:

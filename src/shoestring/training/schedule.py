@@ -1,4 +1,4 @@
-"""Learning rate, mask ratio, EMA decay and stage as functions of images seen: nothing else is stored."""
+"""Learning rate, EMA decay and stage as functions of images seen: nothing else is stored."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import math
 from dataclasses import dataclass
 
 from shoestring.config.schema import RunConfig, StageConfig
-
-MASK_STEPS = 16
-"""A changing mask ratio moves in sixteenths, so that a compiled step is not built anew for every ratio."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +51,6 @@ def learning_rate(stage: StageConfig, done_nimg: int) -> float:
         return stage.lr
     fall = progress if stage.lr_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
     return stage.lr * (1 - (1 - stage.lr_end_ratio) * fall)
-
-
-def mask_ratio(stage: StageConfig, done_nimg: int) -> float:
-    """Constant, or over the stage from ``mask_ratio`` to ``mask_ratio_end`` in sixteenths.
-
-    Linear in images, or end + (start - end) cos(pi/2 progress)^power.
-
-    Source: MaskDiT, arXiv 2306.09305, unmasking tuning (cosine schedules, here of any power).
-    """
-    if stage.mask_ratio_end is None:
-        return stage.mask_ratio
-    progress = min(1.0, done_nimg / max(1, (stage.steps - 1) * stage.batch))
-    left = 1 - progress
-    if stage.mask_schedule == "cosine":
-        left = max(0.0, math.cos(math.pi / 2 * progress)) ** stage.mask_power
-    ratio = stage.mask_ratio_end + (stage.mask_ratio - stage.mask_ratio_end) * left
-    return min(MASK_STEPS - 1, round(ratio * MASK_STEPS)) / MASK_STEPS
 
 
 def ema_decay(here: Position) -> float:

@@ -1,0 +1,182 @@
+"""The job behind ``shoestring study tokens``: plan, time, run, report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from shoestring.config import to_yaml
+from shoestring.runtime import UserError, say
+from shoestring.studies.token_cells import MEASURED, PRESETS, Cell, choose_cells, training_flops
+from shoestring.studies.token_reduction import Study, flops_so_far
+from shoestring.studies.token_report import write_report
+from shoestring.studies.token_timing import read_timings, time_recipes, write_timings
+from shoestring.training.display import duration
+
+TRAINING_SHARE = 0.5
+"""Of a budget; the rest is for drawing and measuring."""
+
+
+@dataclass(frozen=True)
+class TokensJob:
+    """What to do; see ``shoestring study tokens --help``."""
+
+    preset: str
+    data: str | None
+    cells: tuple[str, ...]
+    budget: str | None
+    nimg: int | None
+    plan: bool
+    time: bool
+    show: str | None
+    out: Path
+    usd_per_hour: float
+
+
+def budget_seconds(text: str) -> float:
+    """Seconds of ``90s``, ``5m`` or ``1.5h``.
+
+    Args:
+        text: what the user gave.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        UserError: if it is none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise UserError(f"--budget is {text!r}; it must be a time such as 90s, 5m or 1.5h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def run_tokens(job: TokensJob, console: Console) -> bool:
+    """Do the job.
+
+    Args:
+        job: what to do.
+        console: where a person reads.
+
+    Returns:
+        False after an interruption.
+
+    Raises:
+        UserError: for mistakes in any setting.
+    """
+    if job.preset not in PRESETS:
+        raise UserError(f"--preset is {job.preset!r}; it must be one of {', '.join(PRESETS)}")
+    preset = PRESETS[job.preset]
+    if preset.source == "cifar10" and job.data is None:
+        raise UserError(
+            f"--data is not set; --preset {preset.name} needs the folder of cifar10_train.parquet and "
+            "cifar10_test.parquet (--preset tiny needs no data)"
+        )
+    if job.nimg is not None and job.budget is not None:
+        raise UserError("--nimg and --budget both say how long to train; give one of them")
+    cells = choose_cells(preset, job.cells)
+    study = Study(preset, job.out, job.data, preset.rounded(job.nimg or preset.nimg), console)
+    if job.show is not None:
+        return _show(study, job.show, cells)
+    timings = read_timings(job.out)
+    if job.budget is not None:
+        # A study that goes on keeps its length: the clock would give another one every time.
+        known = study.known_nimg()
+        nimg = known or _affordable(study, cells, budget_seconds(job.budget), console)
+        study = Study(preset, job.out, job.data, nimg, console)
+    if job.time:
+        timings = _time(study, cells, timings)
+    print_plan(study, cells, timings, job.usd_per_hour)
+    if job.plan:
+        return True
+    study.check_same()
+    finished = study.run(cells)
+    rows = study.rows()
+    if any(row.status == "ok" for row in rows):
+        about = (
+            f"Preset {preset.name}: {study.nimg:,} images a cell, batch {preset.batch}, {preset.samples:,} "
+            f"samples a measurement ({preset.many_samples:,} at the end of cells with several seeds), "
+            f"Heun with {preset.sampling_steps} noise levels. Measured here."
+        )
+        config = study.config(cells[0])
+        page = write_report(job.out, rows, timings, study.floor(config), about)
+        say(console, f"{len(rows)} rows in {study.results}; tables and curves: {page}")
+    return finished
+
+
+def _show(study: Study, wanted: str, cells: Sequence[Cell]) -> bool:
+    cell = next((c for c in cells if wanted in (c.name, c.key)), None)
+    if cell is None:
+        raise UserError(f"--show: there is no cell {wanted!r}; see --plan for their names")
+    print(to_yaml(study.config(cell), f"Cell {cell.key} of the token-reduction study."))
+    return True
+
+
+def _distinct(cells: Sequence[Cell]) -> list[Cell]:
+    """One cell of every name."""
+    return list({cell.name: cell for cell in cells}.values())
+
+
+def _time(study: Study, cells: Sequence[Cell], known: dict[str, float]) -> dict[str, float]:
+    missing = {c.name: study.config(c) for c in _distinct(cells) if c.name not in known}
+    if missing:
+        with study.console.status(f"Timing {len(missing)} recipes in turns; leave the machine alone"):
+            known = known | time_recipes(missing, rounds=7)
+        write_timings(study.folder, known)
+    return known
+
+
+def _affordable(study: Study, cells: Sequence[Cell], budget_s: float, console: Console) -> int:
+    """Images a cell that fit into a budget, from a few timed steps of every method."""
+    with console.status("Timing a few steps of every method"):
+        times = time_recipes({c.name: study.config(c) for c in _distinct(cells)}, rounds=2, warmup=1)
+    per_image = sum(times[c.name] * c.share for c in cells)
+    return study.preset.rounded(TRAINING_SHARE * budget_s / per_image)
+
+
+def print_plan(study: Study, cells: Sequence[Cell], timings: dict[str, float], usd_per_hour: float) -> None:
+    """Cells, hours and dollars; done cells are marked.
+
+    Args:
+        study: where rows are.
+        cells: of the plan.
+        timings: seconds an image by cell, where measured.
+        usd_per_hour: price of the machine.
+    """
+    table = Table(title="Plan", title_justify="left")
+    for name in ("cell", "seed", "images", "TFLOP training", "training", "cost", "rows"):
+        table.add_column(name, justify="left" if name == "cell" else "right")
+    total_s, total_flops, unknown = 0.0, 0.0, False
+    done = study.rows()
+    for cell in cells:
+        config = study.config(cell)
+        flops = flops_so_far(config, config.nimg)
+        seconds = None
+        if cell.name in timings:
+            seconds = timings[cell.name] * flops / training_flops(config, config.stages[0])
+            total_s += seconds
+        unknown |= seconds is None
+        total_flops += flops
+        rows = sum(row.cell == cell.name and row.seed == cell.seed for row in done)
+        table.add_row(
+            cell.name,
+            str(cell.seed),
+            f"{config.nimg:,}",
+            f"{flops / 1e12:.2f}",
+            "" if seconds is None else duration(seconds),
+            "" if seconds is None else f"${seconds / 3600 * usd_per_hour:.2f}",
+            f"{rows}/{len(MEASURED)}+",
+        )
+    study.console.print(table)
+    note = (
+        "times are known after --time"
+        if unknown
+        else f"{duration(total_s)} of training, ${total_s / 3600 * usd_per_hour:.2f} at "
+        f"{usd_per_hour:g} an hour (predicted from timings in turns); drawing and measuring come on top"
+    )
+    say(study.console, f"{len(cells)} cells, {total_flops / 1e12:,.0f} TFLOP of training; {note}")

@@ -1,0 +1,390 @@
+"""The token-reduction study: ``shoestring study tokens``. Trains the cells, measures them, keeps the rows.
+
+Every cell is an ordinary run in its own folder: it can be interrupted and goes on; cells may run in any
+order and in several processes at once (each takes the next one that is free). Every measured checkpoint is
+a row that is written at once to one file, ``results.csv``.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from shoestring.config import RunConfig, SamplingConfig
+from shoestring.data.sources import Splits, load
+from shoestring.evaluation.distances import frechet_distance, kernel_distance
+from shoestring.evaluation.features import EfficientNetLite0Features
+from shoestring.evaluation.validation import validation_loss
+from shoestring.runtime import (
+    TrainingFailed,
+    UserError,
+    pick_device,
+    say,
+    stream,
+    write_text,
+)
+from shoestring.sampling.generate import Pipeline, batches, load_pipeline, picture_grid, save_png
+from shoestring.studies.token_cells import (
+    MEASURED,
+    Cell,
+    Preset,
+    base_recipe,
+    configure,
+    parameters,
+    training_flops,
+)
+from shoestring.training.checkpoint import checkpoint_folders
+from shoestring.training.display import read_log
+from shoestring.training.folder import Busy, locked
+from shoestring.training.loop import train
+from shoestring.training.schedule import position
+
+SAMPLE_SEED = 1
+DRAW_BATCH = 100
+GRID_PICTURES = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured checkpoint of one cell: a line of ``results.csv``."""
+
+    cell: str
+    seed: int
+    group: str
+    method: str
+    ratio: float
+    nimg: int
+    status: str = "ok"
+    """``ok`` or ``diverged``."""
+    guidance: float = 1.0
+    parameters: int = 0
+    training_gflops: float = 0.0
+    """Of all images so far, forward and backward, counted."""
+    gflops_per_image: float = 0.0
+    """Of the next image in training, at the first stage's ratio."""
+    trained_s: float = 0.0
+    """Wall time of training so far, as it ran (perhaps beside other work); see ``timings.json``."""
+    samples: int = 0
+    kid: float = float("nan")
+    kid_spread: float = float("nan")
+    """Standard deviation over subsets, not the standard error."""
+    fd: float = float("nan")
+    loss: float = float("nan")
+    """Mean over the noise levels, all patches, pinned noise."""
+    loss_per_level: str = ""
+    """JSON: sigma / alpha to loss."""
+
+
+TYPES: dict[str, Callable[[str], Any]] = {
+    f.name: {"str": str, "int": int, "float": float}[str(f.type)] for f in fields(Row)
+}
+FIELDS = list(TYPES)
+
+
+@dataclass
+class Study:
+    """Folder, settings and cells of one study.
+
+    Args:
+        preset: size.
+        folder: holds everything.
+        data_path: pictures, for presets that need them.
+        nimg: images of one training.
+        console: where a person reads.
+    """
+
+    preset: Preset
+    folder: Path
+    data_path: str | None
+    nimg: int
+    console: Console
+    _splits: dict[int, Splits] = field(default_factory=dict)
+
+    def config(self, cell: Cell) -> RunConfig:
+        """The recipe of a cell."""
+        base = base_recipe(self.preset, self.data_path, self.preset.rounded(self.nimg * cell.share))
+        return configure(cell, base)
+
+    def known_nimg(self) -> int | None:
+        """Images of one training in a study that was begun, else ``None``."""
+        path = self.folder / "study.json"
+        return int(json.loads(path.read_text())["nimg"]) if path.exists() else None
+
+    def check_same(self) -> None:
+        """Refuse to go on with other settings.
+
+        Raises:
+            UserError: naming what changed.
+        """
+        settings = {**asdict(self.preset), "nimg": self.nimg}
+        path = self.folder / "study.json"
+        if not path.exists():
+            write_text(path, json.dumps(settings, indent=1) + "\n")
+            return
+        before = json.loads(path.read_text())
+        for key in sorted(before.keys() | settings.keys()):
+            if before.get(key) != settings.get(key):
+                raise UserError(
+                    f"{self.folder} holds a study with {key}={before.get(key)!r}, this one has "
+                    f"{settings.get(key)!r}; choose another folder with --out, or delete that one"
+                )
+
+    # -- measuring -----------------------------------------------------------------------------------------
+
+    def splits(self, config: RunConfig) -> Splits:
+        """The pictures, loaded once."""
+        resolution = config.stages[0].resolution
+        if resolution not in self._splits:
+            self._splits[resolution] = load(config.data, resolution)
+        return self._splits[resolution]
+
+    @cached_property
+    def extractor(self) -> EfficientNetLite0Features:
+        """Features of pictures."""
+        return EfficientNetLite0Features()
+
+    def reference(self, config: RunConfig) -> Tensor:
+        """Features of the held-out pictures, computed once."""
+        return self._features("held-out", lambda: self.splits(config).held_out.images)
+
+    def _features(self, name: str, images: Any) -> Tensor:
+        path = self.folder / f"features-{name}.pt"
+        if path.exists():
+            features: Tensor = torch.load(path, weights_only=True)
+            return features
+        features = self.extractor(images())
+        part = path.with_suffix(".part")
+        torch.save(features, part)
+        part.replace(path)
+        return features
+
+    def floor(self, config: RunConfig) -> dict[str, float]:
+        """Training pictures against held-out ones: what a perfect model would get."""
+        path = self.folder / "floor.json"
+        if not path.exists():
+            images = self.splits(config).train.images
+            order = torch.randperm(len(images), generator=stream(0, "floor"))
+            count = min(self.preset.many_samples, len(images))
+            made = self._features("train", lambda: images[order[:count]])
+            values: dict[str, float] = {}
+            for n in sorted({min(count, self.preset.samples), count}):
+                kid = kernel_distance(made[:n], self.reference(config))
+                values |= {
+                    f"kid_{n}": kid.mean,
+                    f"fd_{n}": frechet_distance(made[:n], self.reference(config)),
+                }
+            write_text(path, json.dumps(values, indent=1) + "\n")
+        result: dict[str, float] = json.loads(path.read_text())
+        return result
+
+    def measure(self, cell: Cell, config: RunConfig, checkpoint: Path, guidance: float, count: int) -> Row:
+        """Draw from a checkpoint and compare with held-out pictures.
+
+        Args:
+            cell: which.
+            config: its recipe.
+            checkpoint: folder of the checkpoint.
+            guidance: classifier-free guidance.
+            count: pictures drawn; distances are taken over the preset's number and over all.
+
+        Returns:
+            The row.
+        """
+        pipeline = load_pipeline(checkpoint, pick_device("auto"))
+        try:
+            # Set here and not in the recipe: the settings of a measurement are the study's.
+            sampling = config.sampling.model_copy(update={"guidance": guidance})
+            pictures = self._draw(pipeline, sampling, count)
+            losses = self._losses(pipeline, config)
+        finally:
+            pipeline.workers.close()
+        made = self.extractor(pictures)
+        kid = kernel_distance(made, self.reference(config))
+        nimg = int(checkpoint.name)
+        last = nimg >= config.nimg
+        if last and guidance == 1 and cell.seed == 0:
+            grid = picture_grid(pictures[:GRID_PICTURES], 10, 2)
+            save_png(self.folder / "samples" / f"{cell.name}.png", grid, {"cell": cell.name, "nimg": nimg})
+        return Row(
+            cell=cell.name,
+            seed=cell.seed,
+            group=cell.group,
+            method=cell.method,
+            ratio=cell.ratio,
+            nimg=nimg,
+            guidance=guidance,
+            parameters=parameters(config.model, config.tokens),
+            training_gflops=flops_so_far(config, nimg) / 1e9,
+            gflops_per_image=training_flops(config, config.stages[0]) / 1e9,
+            trained_s=_trained_s(checkpoint.parent.parent, nimg),
+            samples=count,
+            kid=kid.mean,
+            kid_spread=kid.std,
+            fd=frechet_distance(made, self.reference(config)),
+            loss=sum(losses.values()) / len(losses),
+            loss_per_level=json.dumps({f"{ratio:g}": round(loss, 6) for ratio, loss in losses.items()}),
+        )
+
+    def _draw(self, pipeline: Pipeline, sampling: SamplingConfig, count: int) -> Tensor:
+        names = pipeline.classes or ("",)
+        pictures = []
+        for part in batches(count, DRAW_BATCH):
+            prompts = [names[i % len(names)] for i in part]
+            pictures.append(pipeline.draw(prompts, SAMPLE_SEED, part, sampling))
+        return torch.cat(pictures)
+
+    def _losses(self, pipeline: Pipeline, config: RunConfig) -> dict[float, float]:
+        held = self.splits(config).held_out
+        images = held.images[: self.preset.validation_images]
+        moments = pipeline.codec.encode(images)
+        x0 = pipeline.codec.latents(moments, torch.zeros_like(moments))
+        texts = [c if pipeline.classes else "" for c in held.captions[: len(images)]]
+        return validation_loss(pipeline.process, pipeline.denoiser, x0, pipeline.encode(texts))
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def run(self, cells: Sequence[Cell]) -> bool:
+        """Train and measure all cells that are not done; those another process works on are left to it.
+
+        Args:
+            cells: in this order.
+
+        Returns:
+            False after an interruption.
+        """
+        for i, cell in enumerate(cells):
+            if self._is_done(cell):
+                continue
+            say(self.console, f"[{i + 1}/{len(cells)}] {cell.key}")
+            try:
+                with locked(self.folder / "locks" / cell.key):
+                    if not self._run_cell(cell):
+                        return False
+            except Busy:
+                say(self.console, f"{cell.key}: another process works on it")
+        return True
+
+    def _run_cell(self, cell: Cell) -> bool:
+        config = self.config(cell)
+        folder = self.folder / "cells" / cell.key
+        try:
+            if not train(config, folder, self.console):
+                return False
+        except TrainingFailed as error:
+            say(self.console, f"{cell.key} diverged: {error}")
+            nimg = max((int(f.name) for f in checkpoint_folders(folder)), default=0)
+            self.append(
+                Row(cell.name, cell.seed, cell.group, cell.method, cell.ratio, nimg, status="diverged")
+            )
+            return True
+        have = {(row.nimg, row.guidance, row.samples) for row in self.rows() if _same(row, cell)}
+        for checkpoint, guidance, count in self._wanted(cell, config):
+            nimg = int(checkpoint.name)
+            if (nimg, guidance, count) not in have:
+                row = self.measure(cell, config, checkpoint, guidance, count)
+                self.append(row)
+                say(
+                    self.console,
+                    f"{cell.key} at {nimg:,} images, guidance {guidance:g}: KID {row.kid:.4f}, "
+                    f"FD {row.fd:.1f}, loss {row.loss:.4f}",
+                )
+        return True
+
+    def _wanted(self, cell: Cell, config: RunConfig) -> Iterator[tuple[Path, float, int]]:
+        """Checkpoint, guidance and number of pictures of every measurement of a cell."""
+        by_nimg = {int(folder.name): folder for folder in checkpoint_folders(self._folder(cell))}
+        for nimg in measured_at(config):
+            yield by_nimg[nimg], 1.0, self.preset.samples
+        if cell.many and self.preset.many_samples > self.preset.samples:
+            yield by_nimg[config.nimg], 1.0, self.preset.many_samples
+        for guidance in cell.guidance:
+            yield by_nimg[config.nimg], guidance, self.preset.samples
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.key
+
+    def _is_done(self, cell: Cell) -> bool:
+        mine = [row for row in self.rows() if _same(row, cell)]
+        if any(row.status == "diverged" for row in mine):
+            return True
+        many = cell.many and self.preset.many_samples > self.preset.samples
+        return len(mine) >= len(MEASURED) + many + len(cell.guidance)
+
+    # -- the results file ----------------------------------------------------------------------------------
+
+    @property
+    def results(self) -> Path:
+        """All rows of all cells."""
+        return self.folder / "results.csv"
+
+    def rows(self) -> list[Row]:
+        """What is there."""
+        return read_rows(self.results)
+
+    def append(self, row: Row) -> None:
+        """Add a row at once; processes wait for one another."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.results.open("a", newline="") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            writer = csv.DictWriter(file, FIELDS)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(asdict(row))
+
+
+def _same(row: Row, cell: Cell) -> bool:
+    return row.cell == cell.name and row.seed == cell.seed
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a results file.
+
+    Args:
+        path: written by a study; may not exist.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        UserError: if a line is damaged.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="") as file:
+        for line, record in enumerate(csv.DictReader(file), start=2):
+            try:
+                rows.append(Row(**{name: TYPES[name](value) for name, value in record.items()}))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{path}: line {line} is damaged ({error}); delete that line") from error
+    return rows
+
+
+def measured_at(config: RunConfig) -> list[int]:
+    """Images seen at the measured checkpoints."""
+    return [round(config.nimg * share) for share in MEASURED]
+
+
+def flops_so_far(config: RunConfig, nimg: int) -> float:
+    """Training FLOPs of a run's first images, along its mask schedule."""
+    total, seen = 0.0, 0
+    while seen < nimg and (here := position(config, seen)) is not None:
+        ratio = here.stage.mask_ratio_at(here.done_nimg)
+        total += here.stage.batch * training_flops(config, here.stage, ratio)
+        seen += here.stage.batch
+    return total
+
+
+def _trained_s(run: Path, nimg: int) -> float:
+    rows = [row for row in read_log(run) if row["kind"] == "train" and row["nimg"] <= nimg]
+    return max((float(row["elapsed_s"]) for row in rows), default=0.0)

@@ -1,0 +1,336 @@
+"""What the token-reduction study found: tables and curves, at equal images, FLOPs and wall time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+from PIL import Image
+
+from shoestring.runtime import write_text
+from shoestring.studies.charts import Line, line_chart
+from shoestring.studies.page import embedded, html_table, short, table_row, whole
+from shoestring.studies.report_template import PAGE
+from shoestring.studies.token_reduction import Row
+
+COLORS = ("#2563a8", "#c2570c", "#2c8a4b", "#8b4bb3", "#b3243f", "#6b7280", "#0e8fa3", "#a8890f")
+DENSE = "dense"
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """KID of a cell along its training, mean over seeds."""
+
+    cell: str
+    group: str
+    method: str
+    ratio: float
+    seeds: int
+    parameters: int
+    gflops_per_image: float
+    s_per_image: float | None
+    """Measured in turns on a quiet machine; ``None`` = not timed."""
+    points: tuple[Row, ...]
+    """Means over seeds, fewest images first."""
+    spread: float
+    """Standard deviation over seeds of the last KID; NaN for one seed."""
+    diverged: int
+
+    @property
+    def last(self) -> Row:
+        """The end of the training."""
+        return self.points[-1]
+
+    def over(self, axis: Callable[[Row], float | None]) -> list[Point]:
+        """KID over an axis, where the axis is known."""
+        return [(x, row.kid) for row in self.points if (x := axis(row)) is not None]
+
+
+def images(row: Row) -> float:
+    """Axis: images seen."""
+    return float(row.nimg)
+
+
+def gflops(row: Row) -> float:
+    """Axis: training FLOPs, in units of 1e9."""
+    return row.training_gflops
+
+
+def at(points: Sequence[Point], x: float) -> float | None:
+    """KID at a budget, between measured points: linear in the logarithms of both; never beyond them."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if x0 <= x <= x1 and x1 > x0:
+            share = math.log(x / x0) / math.log(x1 / x0)
+            if min(y0, y1) <= 0:
+                return y0 + share * (y1 - y0)
+            return math.exp(math.log(y0) + share * math.log(y1 / y0))
+    return None
+
+
+def curves(rows: Sequence[Row], timings: Mapping[str, float]) -> list[Curve]:
+    """Group rows by cell, mean over seeds, without guidance.
+
+    Args:
+        rows: of the results file.
+        timings: seconds an image, by cell.
+
+    Returns:
+        One curve a cell with any finished measurement, in the order of the file.
+    """
+    found = []
+    cells = list(dict.fromkeys(row.cell for row in rows))
+    for cell in cells:
+        mine = [row for row in rows if row.cell == cell]
+        plain = [row for row in mine if row.status == "ok" and row.guidance == 1]
+        if not plain:
+            continue
+        fewest = min(row.samples for row in plain)
+        same = sorted((r for r in plain if r.samples == fewest), key=lambda r: (r.nimg, r.seed))
+        points = []
+        for _, group in groupby(same, key=lambda r: r.nimg):
+            points.append(_mean(list(group)))
+        final = [r for r in plain if r.nimg == points[-1].nimg and r.samples == max(p.samples for p in plain)]
+        kids = [r.kid for r in final]
+        points[-1] = _mean(final) if len(final) >= len({r.seed for r in same}) else points[-1]
+        first = plain[0]
+        found.append(
+            Curve(
+                cell=cell,
+                group=first.group,
+                method=first.method,
+                ratio=first.ratio,
+                seeds=len({row.seed for row in plain}),
+                parameters=first.parameters,
+                gflops_per_image=first.gflops_per_image,
+                s_per_image=timings.get(cell),
+                points=tuple(points),
+                spread=statistics.stdev(kids) if len(kids) > 1 else math.nan,
+                diverged=sum(row.status == "diverged" for row in mine),
+            )
+        )
+    return found
+
+
+def _mean(rows: list[Row]) -> Row:
+    def mean(name: str) -> float:
+        return statistics.fmean(getattr(row, name) for row in rows)
+
+    return replace(
+        rows[0],
+        kid=mean("kid"),
+        kid_spread=mean("kid_spread"),
+        fd=mean("fd"),
+        loss=mean("loss"),
+        trained_s=mean("trained_s"),
+    )
+
+
+def seconds(curve: Curve) -> Callable[[Row], float | None]:
+    """Axis: training seconds, from the timing in turns; unknown without one."""
+
+    def axis(row: Row) -> float | None:
+        if curve.s_per_image is None or curve.gflops_per_image == 0:
+            return None
+        # A tail of other steps costs time in proportion to its FLOPs.
+        return curve.s_per_image * row.training_gflops / curve.gflops_per_image
+
+    return axis
+
+
+def against_dense(curve: Curve, dense: Curve | None) -> tuple[float | None, float | None]:
+    """KID of the cell over that of dense at the cell's whole budget: of FLOPs, and of time."""
+    if dense is None:
+        return None, None
+    same_flops = at(dense.over(gflops), gflops(curve.last))
+    time = seconds(curve)(curve.last)
+    same_time = None if time is None else at(dense.over(seconds(dense)), time)
+    return tuple(  # type: ignore[return-value]
+        None if other is None or other <= 0 else curve.last.kid / other for other in (same_flops, same_time)
+    )
+
+
+def crossing(curve: Curve, dense: Curve, axis: str) -> float | None:
+    """The budget at which the two curves cross, if they do between measured points.
+
+    Args:
+        curve: of a method.
+        dense: to compare with.
+        axis: ``images``, ``flops`` or ``time``.
+
+    Returns:
+        The smallest budget at which the order changes.
+    """
+    ours, theirs = (
+        c.over({"images": images, "flops": gflops, "time": seconds(c)}[axis]) for c in (curve, dense)
+    )
+    if not ours or not theirs:
+        return None
+    low, high = max(ours[0][0], theirs[0][0]), min(ours[-1][0], theirs[-1][0])
+    if low >= high:
+        return None
+    grid = [low * (high / low) ** (i / 200) for i in range(201)]
+    differences = [(x, at(ours, x), at(theirs, x)) for x in grid]
+    signs = [(x, a > b) for x, a, b in differences if a is not None and b is not None]
+    for (_, before), (x, after) in zip(signs, signs[1:], strict=False):
+        if before != after:
+            return x
+    return None
+
+
+HEAD = (
+    "cell",
+    "seeds",
+    "parameters",
+    "GFLOP an image, training",
+    "ms an image",
+    "images",
+    "KID",
+    "spread over seeds",
+    "rank",
+    "FD",
+    "loss",
+    "KID / dense, equal FLOPs",
+    "KID / dense, equal time",
+)
+
+
+def table(found: Sequence[Curve]) -> list[list[str]]:
+    """The main table as text, best KID at equal images first in ``rank`` (cells of most images only)."""
+    dense = next((c for c in found if c.cell == DENSE), None)
+    most = max((c.last.nimg for c in found), default=0)
+    ranked = sorted((c for c in found if c.last.nimg == most), key=lambda c: c.last.kid)
+    rank = {curve.cell: i + 1 for i, curve in enumerate(ranked)}
+    rows = []
+    for c in found:
+        comparable = dense if c.last.nimg == most else None
+        flops, time = against_dense(c, comparable)
+        rows.append(
+            [
+                c.cell + (f" ({c.diverged} diverged)" if c.diverged else ""),
+                str(c.seeds),
+                whole(c.parameters),
+                short(c.gflops_per_image),
+                "" if c.s_per_image is None else f"{1000 * c.s_per_image:.2f}",
+                f"{c.last.nimg:,}",
+                short(c.last.kid),
+                "" if math.isnan(c.spread) else short(c.spread),
+                str(rank.get(c.cell, "")),
+                short(c.last.fd),
+                short(c.last.loss),
+                "" if flops is None or c.cell == DENSE else f"{flops:.2f}",
+                "" if time is None or c.cell == DENSE else f"{time:.2f}",
+            ]
+        )
+    return rows
+
+
+def markdown(found: Sequence[Curve]) -> str:
+    """The main table for the docs."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    lines += ["| " + " | ".join(row) + " |" for row in table(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _chart(found: Sequence[Curve], axis: str, x_label: str) -> str:
+    lines = []
+    for i, c in enumerate(found):
+        pick = {"images": images, "flops": gflops, "time": seconds(c)}[axis]
+        lines.append(Line(c.cell, c.over(pick), COLORS[i % len(COLORS)], dots=True))
+    return line_chart(lines, (), x_label, "KID (EfficientNet-Lite0)")
+
+
+def _by_ratio(found: Sequence[Curve]) -> str:
+    lines = []
+    core = [c for c in found if c.group == "core" and "tail" not in c.cell]
+    dense = next((c for c in core if c.cell == DENSE), None)
+    for i, method in enumerate(dict.fromkeys(c.method for c in core if c.ratio)):
+        points = sorted((c.ratio, c.last.kid) for c in core if c.method == method)
+        if dense is not None and method in ("deferred", "naive", "maskdit"):
+            points = [(0.0, dense.last.kid), *points]
+        lines.append(Line(method, points, COLORS[i % len(COLORS)], dots=True))
+    return line_chart(lines, (), "share of tokens dropped", "KID at equal images")
+
+
+def charts(found: Sequence[Curve]) -> dict[str, str]:
+    """SVG charts by title; those with nothing to show are left out."""
+    core = [c for c in found if c.group == "core" and "0.5" not in c.cell.replace("tread-0.5", "")]
+    core = [c for c in core if "0.875" not in c.cell]
+    tails = [c for c in found if "deferred-0.75" in c.cell and c.group in ("core", "tuning")]
+    long = [c for c in found if c.group == "long"]
+    made = {
+        "Quality against the share of tokens dropped": _by_ratio(found),
+        "Quality against images": _chart(core, "images", "images"),
+        "Quality against training FLOPs": _chart(core, "flops", "training GFLOP"),
+        "Quality against training time": _chart(core, "time", "seconds of training"),
+        "Masked, then unmasked": _chart(tails, "flops", "training GFLOP"),
+        "1,024 tokens": _chart(long, "flops", "training GFLOP"),
+    }
+    return {title: svg for title, svg in made.items() if "<circle" in svg}
+
+
+def guidance_table(rows: Sequence[Row]) -> list[list[str]]:
+    """KID by cell and guidance, for cells measured at more than one scale."""
+    last = [r for r in rows if r.status == "ok"]
+    scales = sorted({r.guidance for r in last})
+    body = []
+    for cell in dict.fromkeys(r.cell for r in last if r.guidance != 1):
+        mine = {r.guidance: r for r in last if r.cell == cell and (r.guidance != 1 or r.nimg)}
+        best = min(mine.values(), key=lambda r: r.kid)
+        cells = [short(mine[s].kid) if s in mine else "" for s in scales]
+        body.append([cell, *cells, f"{best.guidance:g}"])
+    return [["cell", *(f"guidance {s:g}" for s in scales), "best"], *body] if body else []
+
+
+def write_report(
+    folder: Path, rows: Sequence[Row], timings: Mapping[str, float], floor: Mapping[str, float], about: str
+) -> Path:
+    """Write ``report.html`` and ``table.md`` into the study's folder.
+
+    Args:
+        folder: of the study; sample grids are taken from ``samples/``.
+        rows: of the results file.
+        timings: seconds an image, by cell.
+        floor: distances between training and held-out pictures.
+        about: what was run, a sentence.
+
+    Returns:
+        Path of the page.
+    """
+    found = curves(rows, timings)
+    write_text(folder / "table.md", markdown(found))
+    floors = ", ".join(f"{name.replace('_', ' at N ').upper()}: {short(v)}" for name, v in floor.items())
+    parts = [
+        f'<p class="lead">{escape(about)}</p>',
+        f"<p>Floor, training against held-out pictures: {escape(floors)}. KID is unbiased; FD is biased by N "
+        "and only comparable at equal N. Ratios to dense below 1 mean that the method is ahead at the same "
+        "budget; where dense was not measured at so small a budget there is none.</p>",
+        html_table(
+            "At the end of each training", HEAD, [table_row(list(map(escape, r))) for r in table(found)]
+        ),
+    ]
+    for title, svg in charts(found).items():
+        parts.append(f'<h2>{escape(title)}</h2><div class="card">{svg}</div>')
+    guided = guidance_table(rows)
+    if guided:
+        body = [table_row(list(map(escape, row))) for row in guided[1:]]
+        parts.append(html_table("KID by guidance scale", guided[0], body))
+    pictures = sorted((folder / "samples").glob("*.png"))
+    if pictures:
+        parts.append("<h2>Samples from the same noise</h2>")
+    for path in pictures:
+        with Image.open(path) as picture:
+            source, width, _ = embedded(picture)
+        parts.append(
+            f'<figure class="frame" style="--w:{width}px"><img class="pixels" alt="" src="{source}">'
+            f"<figcaption>{escape(path.stem)}</figcaption></figure>"
+        )
+    page = folder / "report.html"
+    body_text = "\n".join(parts)
+    write_text(page, PAGE.substitute(title="Token reduction at equal compute", body=body_text, credit=""))
+    return page
