@@ -141,6 +141,7 @@ def test_equal_predictions_guide_nowhere(kind):
     [
         ({"guidance": 1.0, "weak": "tokens"}, [(BATCH, 12)]),
         ({"guidance": 0.0, "weak": "tokens", "weak_ratio": 0.75}, [(BATCH, 3)]),
+        ({"guidance": 0.0, "strong_ratio": 0.5, "weak_ratio": 0.75}, [(BATCH, 6)]),
         ({"guidance": 3.0, "weak": "tokens", "weak_ratio": 0.75}, [(BATCH, 12), (BATCH, 3)]),
         ({"guidance": 3.0, "weak": "both", "weak_ratio": 1.0}, [(BATCH, 12), (BATCH, 0)]),
         ({"guidance": 3.0}, [(2 * BATCH, 12)]),

@@ -551,6 +551,7 @@ def test_wrong_settings_get_one_sentence(mistake, tmp_path, command, changes, ex
 def test_guidance_that_the_model_cannot_give_is_refused_before_training(mistake, tmp_path, change):
     said = mistake("train", "demo", *LIGHT, f"sampling.{change}", "--out", tmp_path / "run")
     assert "this model predicts only the tokens it sees" in said
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_the_demo_takes_every_method():

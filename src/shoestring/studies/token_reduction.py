@@ -276,17 +276,14 @@ class Study:
 
     def _run_cell(self, cell: Cell) -> bool:
         config = self.config(cell)
-        folder = self.folder / "cells" / cell.key
+        folder = self._folder(cell)
+        diverged = False
         try:
             if not train(config, folder, self.console):
                 return False
         except TrainingFailed as error:
             say(self.console, f"{cell.key} diverged: {error}")
-            nimg = max((int(f.name) for f in checkpoint_folders(folder)), default=0)
-            self.append(
-                Row(cell.name, cell.seed, cell.group, cell.method, cell.ratio, nimg, status="diverged")
-            )
-            return True
+            diverged = True
         have = {(row.nimg, row.guidance, row.samples) for row in self.rows() if _same(row, cell)}
         for checkpoint, guidance, count in self._wanted(cell, config):
             nimg = int(checkpoint.name)
@@ -298,13 +295,21 @@ class Study:
                     f"{cell.key} at {nimg:,} images, guidance {guidance:g}: KID {row.kid:.4f}, "
                     f"FD {row.fd:.1f}, loss {row.loss:.4f}",
                 )
+        if diverged:
+            nimg = max((int(f.name) for f in checkpoint_folders(folder)), default=0)
+            self.append(
+                Row(cell.name, cell.seed, cell.group, cell.method, cell.ratio, nimg, status="diverged")
+            )
         return True
 
     def _wanted(self, cell: Cell, config: RunConfig) -> Iterator[tuple[Path, float, int]]:
-        """Checkpoint, guidance and number of pictures of every measurement of a cell."""
+        """Checkpoint, guidance and number of pictures of every measurement, as far as training came."""
         by_nimg = {int(folder.name): folder for folder in checkpoint_folders(self._folder(cell))}
         for nimg in measured_at(config):
-            yield by_nimg[nimg], 1.0, self.preset.samples
+            if nimg in by_nimg:
+                yield by_nimg[nimg], 1.0, self.preset.samples
+        if config.nimg not in by_nimg:
+            return
         if cell.many and self.preset.many_samples > self.preset.samples:
             yield by_nimg[config.nimg], 1.0, self.preset.many_samples
         for guidance in cell.guidance:

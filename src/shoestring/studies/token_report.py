@@ -230,11 +230,17 @@ def table(found: Sequence[Curve]) -> list[list[str]]:
     return rows
 
 
-def markdown(found: Sequence[Curve]) -> str:
+def diverged(rows: Sequence[Row]) -> str:
+    """A sentence that names the cells whose loss became infinite; empty if there is none."""
+    names = [f"{row.cell}-s{row.seed} after {row.nimg:,} images" for row in rows if row.status == "diverged"]
+    return f"Diverged: {', '.join(names)}." if names else ""
+
+
+def markdown(rows: Sequence[Row], timings: Mapping[str, float]) -> str:
     """The main table for the docs."""
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    lines += ["| " + " | ".join(row) + " |" for row in table(found)]
-    return "\n".join(lines) + "\n"
+    lines += ["| " + " | ".join(row) + " |" for row in table(curves(rows, timings))]
+    return "\n".join([*lines, "", diverged(rows)]).rstrip() + "\n"
 
 
 def _chart(found: Sequence[Curve], axis: str, x_label: str) -> str:
@@ -303,7 +309,7 @@ def write_report(
         Path of the page.
     """
     found = curves(rows, timings)
-    write_text(folder / "table.md", markdown(found))
+    write_text(folder / "table.md", markdown(rows, timings))
     floors = ", ".join(f"{name.replace('_', ' at N ').upper()}: {short(v)}" for name, v in floor.items())
     parts = [
         f'<p class="lead">{escape(about)}</p>',
@@ -314,6 +320,8 @@ def write_report(
             "At the end of each training", HEAD, [table_row(list(map(escape, r))) for r in table(found)]
         ),
     ]
+    if diverged(rows):
+        parts.append(f"<p>{escape(diverged(rows))}</p>")
     for title, svg in charts(found).items():
         parts.append(f'<h2>{escape(title)}</h2><div class="card">{svg}</div>')
     guided = guidance_table(rows)
