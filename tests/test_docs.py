@@ -1,0 +1,93 @@
+"""The commands of the README, run one after another as a reader would, on small pictures."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# What makes a training small; everything else is as the README says.
+SMALL = [
+    "stages.0.nimg=16",
+    "stages.0.batch=8",
+    "stages.1.nimg=16",
+    "stages.1.batch=8",
+    "model.dim=64",
+    "model.depth=2",
+    "model.mixer.dim=64",
+    "model.mixer.depth=1",
+    "sampling.steps=2",
+    "logging.validation_images=4",
+    "logging.tensorboard=false",
+]
+# Run by .ci/run itself, or not a command of ours.
+ELSEWHERE = ("make ", "source ")
+
+
+def readme_commands(root: Path) -> list[str]:
+    """The shell lines of the README, in order, without their comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", (root / "README.md").read_text(), re.S)
+    lines = [re.sub(r"\s{2,}# .*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(ELSEWHERE)]
+
+
+def small_version(command: str) -> list[str]:
+    """The command with a small training, in this interpreter."""
+    words = shlex.split(command)
+    assert words[0] == "shoestring", f"the test does not know how to run {command!r}"
+    if words[1] == "train":
+        words += [o for o in SMALL if o.partition("=")[0] not in {w.partition("=")[0] for w in words}]
+    if words[1:3] == ["study", "tokens"]:
+        words.append("--plan")
+    return [sys.executable, "-m", "shoestring.cli", *words[1:]]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with somebody's own pictures and the finished run that the README speaks of."""
+    place = tmp_path_factory.mktemp("reader")
+    pictures = place / "my_pics"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (70, 80, 3), dtype=np.uint8)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"a picture number {i}")
+    run(
+        place,
+        [
+            *small_version("shoestring train demo"),
+            "data.source=folder",
+            "data.path=my_pics",
+            "--out",
+            "runs/demo",
+        ],
+    )
+    return place
+
+
+def run(place: Path, command: list[str], out: Path | None = None) -> str:
+    """Run to the end; the test fails with what the command said."""
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=os.environ, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    if out is not None:
+        out.write_text(done.stdout)
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_work_in_order(root: Path, workplace: Path) -> None:
+    commands = readme_commands(root)
+    assert len(commands) >= 6
+    for command in commands:
+        plain, _, target = command.partition(" > ")
+        words = small_version(plain)
+        run(workplace, words, workplace / target if target else None)
+    assert (workplace / "runs" / "demo-my_pics" / "config.yaml").exists()
+    assert list((workplace / "samples").glob("*.png"))
