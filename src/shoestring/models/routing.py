@@ -125,6 +125,8 @@ class Sprint(_Middle):
     Source: SPRINT, arXiv 2510.21986, section 3.
     """
 
+    drops_paths = True
+
     def __init__(self, model: ModelConfig, tokens: TokensConfig) -> None:
         super().__init__(model, tokens)
         if self.first == 0 or self.last == model.depth:

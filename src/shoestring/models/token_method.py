@@ -58,6 +58,8 @@ class TokenMethod(nn.Module):
     """Whether predictions of dropped patches are kept apart from those of visible ones."""
     drops = True
     """Whether anything may be dropped at all."""
+    drops_paths = False
+    """Whether some training samples do without the reduced part (``tokens.path_drop``)."""
 
     def __init__(self, model: ModelConfig, tokens: TokensConfig) -> None:
         super().__init__()

@@ -111,17 +111,6 @@ def dollars(value: float) -> str:
     return f"${value:,.2f}" if value >= 0.005 else "less than $0.01"
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds as 4.2 s, 6 min 12 s or 3 h 5 min."""
-    if seconds is None:
-        return ""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.3g} s"
-
-
 def raw(value: float | None) -> str:
     """A metric as it stands in the complete list."""
     if not finite(value):

@@ -18,7 +18,6 @@ from shoestring.studies.page import (
     Metrics,
     Picture,
     dollars,
-    duration,
     embedded,
     finite,
     floor_text,
@@ -44,6 +43,7 @@ from shoestring.studies.report_template import (
     RETRIEVAL,
     STAGES,
 )
+from shoestring.training.display import duration
 
 MAX_FRAMES = 8
 SMOOTHING = 10

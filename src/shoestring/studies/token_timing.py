@@ -54,7 +54,7 @@ class TimedStep:
             noise=torch.randn(b, 3, side, side, generator=generator),
             level_B=torch.randn(b, generator=generator),
             mask_BL=torch.rand(b, patches, generator=generator),
-            path_dropped_B=torch.zeros(b, dtype=torch.bool) if config.tokens.method == "sprint" else None,
+            path_dropped_B=torch.zeros(b, dtype=torch.bool) if network.routing.drops_paths else None,
         )
 
     def __call__(self) -> float:

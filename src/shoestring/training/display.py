@@ -21,11 +21,13 @@ PLAIN_INTERVAL_S = 15.0
 """Without a terminal a line is printed this often."""
 
 
-def duration(seconds: float) -> str:
-    """Seconds for a person: ``42 s``, ``7 min 05 s``, ``3 h 12 min``, ``2 d 05 h``."""
+def duration(seconds: float | None) -> str:
+    """Seconds for a person: ``4.2 s``, ``42 s``, ``7 min 05 s``, ``3 h 12 min``; nothing for ``None``."""
+    if seconds is None:
+        return ""
     s = round(seconds)
     if s < 60:
-        return f"{s} s"
+        return f"{seconds:.2g} s" if s < 10 else f"{s} s"
     if s < 3600:
         return f"{s // 60} min {s % 60:02d} s"
     if s < 86_400:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,16 +16,13 @@ from rich.console import Console
 
 from shoestring import __version__
 from shoestring.config import RunConfig, StageConfig, to_yaml
-from shoestring.data.loader import Batch, PreparedData, prepare
-from shoestring.data.sources import Splits, load
 from shoestring.diffusion.process import build_process
 from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.evaluation.validation import validation_loss
-from shoestring.interfaces import Conditioning, ImageCodec, TextEncoder
+from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.models.files import build_network
-from shoestring.models.routing import build_method
-from shoestring.planning import measured_peak_flops, model_flops, patch_grid
+from shoestring.planning import measured_peak_flops, model_flops
 from shoestring.runtime import (
     PRECISIONS,
     TrainingFailed,
@@ -41,32 +35,16 @@ from shoestring.runtime import (
     write_text,
 )
 from shoestring.sampling.generate import Pipeline, picture_grid, save_png
-from shoestring.sampling.guidance import check_guidance
 from shoestring.training.checkpoint import Counters, checkpoint_folders, load_checkpoint, save_checkpoint
 from shoestring.training.display import LiveLine, Rate, RunLog, status_line
 from shoestring.training.ema import EMA
 from shoestring.training.folder import check_same_run, locked, remember
 from shoestring.training.optim import Optimizers
 from shoestring.training.schedule import Position, ema_decay, learning_rate, position
-from shoestring.training.step import Draws, Learner, NonFiniteLoss, TrainingBatch, train_step
+from shoestring.training.stage_data import StageData, check_settings, load_stage
+from shoestring.training.step import Learner, NonFiniteLoss, train_step
 
 GRID_PICTURES = 16
-
-
-@dataclass(frozen=True)
-class StageData:
-    """Encoded data at one resolution."""
-
-    train: PreparedData
-    held_out: PreparedData | None
-    resolution: int
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents."""
-        codec = self.train.codec
-        side = self.resolution // codec.downsampling
-        return codec.channels, side, side
 
 
 class Run:
@@ -89,9 +67,8 @@ class Run:
         self.text_encoder: TextEncoder | None = None
         if config.model.condition == "text":
             self.text_encoder = build_text_encoder(config.data, self.device)
-        self._check_settings()
+        check_settings(config, self.codec, self.text_encoder)
         self.data = self._load_data(config.stages[0])
-        self.classes = self._classes()
         self.sigma_data = config.process.sigma_data or self.data.train.sigma_data()
         network = build_network(config, stream(config.seed, "init")).to(self.device)
         if config.compile:
@@ -111,77 +88,10 @@ class Run:
         self.peak_flops = self._peak_flops()
         self.stopped = False
 
-    def _check_settings(self) -> None:
-        """What only shows when model, data and stages are seen together."""
-        model, data = self.config.model, self.config.data
-        if model.in_channels != self.codec.channels:
-            raise UserError(
-                f"model.in_channels is {model.in_channels}, but data.codec={data.codec} gives "
-                f"{self.codec.channels} channels; set model.in_channels={self.codec.channels}"
-            )
-        if self.text_encoder is not None and model.caption_dim != self.text_encoder.width:
-            raise UserError(
-                f"model.caption_dim is {model.caption_dim}, but data.text_encoder={data.text_encoder} gives "
-                f"{self.text_encoder.width}; set model.caption_dim={self.text_encoder.width}"
-            )
-        for stage in self.config.stages:
-            patch_grid(self.config, stage, self.codec.downsampling)
-        with torch.device("meta"):
-            method = build_method(model, self.config.tokens)
-        check_guidance(self.config.sampling, method.predicts_all)
-
-    def _classes(self) -> tuple[str, ...]:
-        """Names of the classes by number: the training captions in alphabetical order."""
-        if self.config.model.condition != "class":
-            return ()
-        names, count = tuple(sorted(self.data.train.captions)), self.config.model.classes
-        if len(names) > count:
-            raise UserError(
-                f"model.classes is {count}, but the data have {len(names)} different captions, each a class; "
-                f"set model.classes={len(names)}"
-            )
-        held = self.data.held_out.captions if self.data.held_out is not None else ()
-        foreign = sorted(set(held) - set(names))
-        if foreign:
-            raise UserError(
-                f"data.split is {self.config.data.split}, which keeps the class {foreign[0]!r} out of "
-                "training; with model.condition=class set data.split=pictures"
-            )
-        return names
-
     def _load_data(self, stage: StageConfig) -> StageData:
-        data = self.config.data
-        with self.console.status(f"Preparing {data.source} pictures at {stage.resolution} px"):
-            splits: Splits = load(data, stage.resolution)
-            train = prepare(splits.train, self.codec, self.text_encoder, flip=data.flip)
-            some = splits.held_out.select(
-                range(min(len(splits.held_out), self.config.logging.validation_images))
-            )
-            held_out = prepare(some, self.codec, self.text_encoder) if len(some) else None
-        rejected = splits.train.rejected
-        self._check_same_data(splits)
-        say(
-            self.console,
-            f"{data.source}: {len(train):,} pictures with {len(train.captions):,} captions to train on, "
-            f"{len(splits.held_out):,} held out, {len(rejected):,} left out"
-            + (f" (listed in {self.folder / 'rejected.txt'})" if rejected else ""),
+        return load_stage(
+            self.config, stage, self.codec, self.text_encoder, self.device, self.folder, self.console
         )
-        if rejected:
-            write_text(self.folder / "rejected.txt", "".join(f"{r.item}\t{r.reason}\n" for r in rejected))
-        return StageData(train, held_out, stage.resolution)
-
-    def _check_same_data(self, splits: Splits) -> None:
-        """Refuse to go on with other pictures: order, split and sigma_data would change in the middle."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (splits.train, splits.held_out):
-            digest.update(json.dumps(part.captions).encode())
-            digest.update(part.images.contiguous().numpy().tobytes())
-        key = f"data_digest_{splits.train.images.shape[-1]}"
-        if remember(self.folder / "machine.json", key, digest.hexdigest) != digest.hexdigest():
-            raise UserError(
-                f"the pictures or captions of data.source={self.config.data.source} are not those that the "
-                f"run in {self.folder} began with; put them back, or train anew in another folder (--out)"
-            )
 
     def _peak_flops(self) -> float:
         """The machine's matmul peak: measured once, kept in the run folder."""
@@ -250,44 +160,18 @@ class Run:
                 self.learner.model, self.config.optimizer, self.learner.workers
             )
 
-    def _batch(self, here: Position) -> TrainingBatch:
-        stage, data = here.stage, self.data
-        rows = data.train.batch(self.config.seed, self.counters.nimg, stage.batch)
-        shape = data.latent_shape
-        patches = shape[1] * shape[2] // self.config.model.patch_size**2
-        draws = Draws.make(self.config.seed, "train", self.counters.nimg, stage.batch, shape, patches)
-        dropped_B = (draws.drop_B < self.config.data.caption_drop).to(self.device)
-        tokens = self.config.tokens
-        path_dropped_B = draws.path_B < tokens.path_drop if tokens.method == "sprint" else None
-        return TrainingBatch(
-            x0=self.codec.latents(rows.moments_BMhw, draws.posterior).to(self.device),
-            conditioning=self._conditioning(data.train, rows).drop(dropped_B),
-            noise=draws.noise.to(self.device),
-            level_B=draws.level_B.to(self.device),
-            mask_BL=draws.mask_BL.to(self.device),
-            path_dropped_B=None if path_dropped_B is None else path_dropped_B.to(self.device),
-        )
-
-    def _conditioning(self, data: PreparedData, rows: Batch) -> Conditioning:
-        """The condition of some rows on the device, captions cut to the longest where padding is unseen."""
-        if self.config.model.condition == "none":
-            return Conditioning.nothing(len(rows.caption_B), self.device)
-        if self.config.model.condition == "class":
-            number_U = torch.tensor([self.classes.index(name) for name in data.captions])
-            return Conditioning(class_B=number_U[rows.caption_B].to(self.device))
-        text_BSD, mask_BS = rows.text_BSD, rows.text_mask_BS
-        assert text_BSD is not None
-        assert mask_BS is not None
-        if self.config.model.mask_captions and not self.config.compile:  # compiled once for each length
-            longest = int(mask_BS.sum(1).max())
-            text_BSD, mask_BS = text_BSD[:, :longest], mask_BS[:, :longest]
-        return Conditioning(text_BSD.to(self.device), mask_BS.to(self.device))
-
     def _step(self, here: Position, line: LiveLine) -> None:
         stage, done = here.stage, here.done_nimg
         lr, ratio = learning_rate(stage, done), stage.mask_ratio_at(done)
         try:
-            loss, norm = train_step(self.learner, self._batch(here), stage, lr, ratio, ema_decay(here))
+            loss, norm = train_step(
+                self.learner,
+                self.data.batch(stage, self.counters.nimg),
+                stage,
+                lr,
+                ratio,
+                ema_decay(here),
+            )
         except NonFiniteLoss as error:
             kept = checkpoint_folders(self.folder)
             raise TrainingFailed(
@@ -354,7 +238,7 @@ class Run:
             "sigma_data": self.sigma_data,
             "position_scale": self.learner.model.position_scale,
             "resolution": self.data.resolution,
-            "classes": self.classes,
+            "classes": self.data.classes,
         }
         save_checkpoint(self.folder, self.learner, self.counters, self.config, facts)
 
@@ -362,7 +246,7 @@ class Run:
         data = self.data.held_out if self.data.held_out is not None else self.data.train
         rows = data.rows(torch.arange(min(len(data), self.config.logging.validation_images)))
         x0 = self.codec.latents(rows.moments_BMhw, torch.zeros(len(rows.index_B), *self.data.latent_shape))
-        captions = self._conditioning(data, rows)
+        captions = self.data.conditioning(data, rows)
         with self.learner.ema.applied():
             losses = validation_loss(
                 self.learner.process, self.learner.denoiser, x0.to(self.device), captions
@@ -383,7 +267,7 @@ class Run:
         if self.config.logging.prompts:
             return list(self.config.logging.prompts)
         if self.config.model.condition != "text":
-            names = self.classes or ("",)
+            names = self.data.classes or ("",)
             return [names[i % len(names)] for i in range(GRID_PICTURES)]
         held = list(self.data.held_out.captions) if self.data.held_out is not None else []
         held = held[: GRID_PICTURES // 4]
@@ -401,7 +285,7 @@ class Run:
             self.data.resolution,
             nimg,
             self.learner.workers,
-            self.classes,
+            self.data.classes,
         )
 
     def _sample(self) -> None:
