@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from shoestring.config import to_yaml
 from shoestring.runtime import UserError, say
-from shoestring.studies.token_cells import MEASURED, PRESETS, Cell, choose_cells, training_flops
+from shoestring.studies.token_cells import PRESETS, Cell, choose_cells, training_flops
 from shoestring.studies.token_reduction import Study, flops_so_far
 from shoestring.studies.token_report import write_report
 from shoestring.studies.token_timing import read_timings, time_recipes, write_timings
@@ -91,7 +92,9 @@ def run_tokens(job: TokensJob, console: Console) -> bool:
         study = Study(preset, job.out, job.data, nimg, console)
     if job.time:
         timings = _time(study, cells, timings)
-    print_plan(study, cells, timings, job.usd_per_hour)
+    with console.status("Timing a step for the plan"):
+        s_per_flop = _seconds_per_flop(study, cells[0])
+    print_plan(study, cells, timings, s_per_flop, job.usd_per_hour)
     if job.plan:
         return True
     study.check_same()
@@ -139,44 +142,59 @@ def _affordable(study: Study, cells: Sequence[Cell], budget_s: float, console: C
     return study.preset.rounded(TRAINING_SHARE * budget_s / per_image)
 
 
-def print_plan(study: Study, cells: Sequence[Cell], timings: dict[str, float], usd_per_hour: float) -> None:
-    """Cells, hours and dollars; done cells are marked.
+def _seconds_per_flop(study: Study, cell: Cell) -> float:
+    """A rate for predictions: of a few steps of one cell, not compiled."""
+    config = study.config(cell).model_copy(update={"compile": False})
+    (seconds,) = time_recipes({cell.name: config}, rounds=2, warmup=1).values()
+    return seconds / training_flops(config, config.stages[0])
+
+
+def print_plan(
+    study: Study,
+    cells: Sequence[Cell],
+    timings: dict[str, float],
+    s_per_flop: float,
+    usd_per_hour: float,
+) -> None:
+    """Cells, hours and dollars, all predicted.
 
     Args:
         study: where rows are.
         cells: of the plan.
-        timings: seconds an image by cell, where measured.
+        timings: seconds an image by cell, where they were taken.
+        s_per_flop: for the other cells, and for drawing.
         usd_per_hour: price of the machine.
     """
-    table = Table(title="Plan", title_justify="left")
-    for name in ("cell", "seed", "images", "TFLOP training", "training", "cost", "rows"):
-        table.add_column(name, justify="left" if name == "cell" else "right")
-    total_s, total_flops, unknown = 0.0, 0.0, False
+    table = Table(title="Plan", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("cell", "images", "TFLOP", "training", "drawing", "cost", "rows"):
+        table.add_column(name, justify="left" if name == "cell" else "right", no_wrap=True)
+    training_s, drawing_s, total_flops = 0.0, 0.0, 0.0
     done = study.rows()
     for cell in cells:
         config = study.config(cell)
         flops = flops_so_far(config, config.nimg)
-        seconds = None
+        s_here = s_per_flop
         if cell.name in timings:
-            seconds = timings[cell.name] * flops / training_flops(config, config.stages[0])
-            total_s += seconds
-        unknown |= seconds is None
+            s_here = timings[cell.name] / training_flops(config, config.stages[0])
+        drawing = s_per_flop * study.drawing_flops(cell, config)
+        training_s, drawing_s = training_s + s_here * flops, drawing_s + drawing
         total_flops += flops
         rows = sum(row.cell == cell.name and row.seed == cell.seed for row in done)
         table.add_row(
-            cell.name,
-            str(cell.seed),
+            cell.key,
             f"{config.nimg:,}",
             f"{flops / 1e12:.2f}",
-            "" if seconds is None else duration(seconds),
-            "" if seconds is None else f"${seconds / 3600 * usd_per_hour:.2f}",
-            f"{rows}/{len(MEASURED)}+",
+            duration(s_here * flops),
+            duration(drawing),
+            f"${(s_here * flops + drawing) / 3600 * usd_per_hour:.2f}",
+            f"{rows}/{study.rows_of(cell)}",
         )
     study.console.print(table)
-    note = (
-        "times are known after --time"
-        if unknown
-        else f"{duration(total_s)} of training, ${total_s / 3600 * usd_per_hour:.2f} at "
-        f"{usd_per_hour:g} an hour (predicted from timings in turns); drawing and measuring come on top"
+    total_s = training_s + drawing_s
+    basis = "timings in turns" if timings else "a step just timed"
+    say(
+        study.console,
+        f"{len(cells)} cells, {total_flops / 1e12:,.1f} TFLOP of training: {duration(training_s)}, and "
+        f"{duration(drawing_s)} of drawing, together ${total_s / 3600 * usd_per_hour:.2f} at "
+        f"{usd_per_hour:g} an hour (predicted from {basis})",
     )
-    say(study.console, f"{len(cells)} cells, {total_flops / 1e12:,.0f} TFLOP of training; {note}")

@@ -25,6 +25,7 @@ from shoestring.data.sources import Splits, load
 from shoestring.evaluation.distances import frechet_distance, kernel_distance
 from shoestring.evaluation.features import EfficientNetLite0Features
 from shoestring.evaluation.validation import validation_loss
+from shoestring.planning import model_flops
 from shoestring.runtime import (
     TrainingFailed,
     UserError,
@@ -310,7 +311,7 @@ class Study:
                 yield by_nimg[nimg], 1.0, self.preset.samples
         if config.nimg not in by_nimg:
             return
-        if cell.many and self.preset.many_samples > self.preset.samples:
+        if self._has_many(cell):
             yield by_nimg[config.nimg], 1.0, self.preset.many_samples
         for guidance in cell.guidance:
             yield by_nimg[config.nimg], guidance, self.preset.samples
@@ -322,8 +323,23 @@ class Study:
         mine = [row for row in self.rows() if _same(row, cell)]
         if any(row.status == "diverged" for row in mine):
             return True
-        many = cell.many and self.preset.many_samples > self.preset.samples
-        return len(mine) >= len(MEASURED) + many + len(cell.guidance)
+        return len(mine) >= self.rows_of(cell)
+
+    def rows_of(self, cell: Cell) -> int:
+        """How many measurements a cell has."""
+        return len(MEASURED) + self._has_many(cell) + len(cell.guidance)
+
+    def _has_many(self, cell: Cell) -> bool:
+        return cell.many and self.preset.many_samples > self.preset.samples
+
+    def drawing_flops(self, cell: Cell, config: RunConfig) -> float:
+        """FLOPs of all pictures that are drawn for a cell's measurements."""
+        pictures = self.preset.samples * (len(MEASURED) + 2 * len(cell.guidance))
+        pictures += self.preset.many_samples * self._has_many(cell)
+        calls = 2 * config.sampling.steps - 1
+        side = config.stages[0].resolution // config.model.patch_size
+        one = model_flops(config.model, (side, side), config.data.max_tokens, 0.0, config.tokens)
+        return pictures * calls * one.forward
 
     # -- the results file ----------------------------------------------------------------------------------
 
