@@ -19,8 +19,10 @@ from shoestring.studies.token_report import write_report
 from shoestring.studies.token_timing import read_timings, time_recipes, write_timings
 from shoestring.training.display import duration
 
-TRAINING_SHARE = 0.5
-"""Of a budget; the rest is for drawing and measuring."""
+LEAST_TRAINING_SHARE = 0.2
+"""Of a budget, however much the drawing takes."""
+CELL_OVERHEAD_S = 4.0
+"""Of a cell: reading pictures, features, checkpoints; about so much with 128 small pictures."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ def run_tokens(job: TokensJob, console: Console) -> bool:
             f"samples a measurement ({preset.many_samples:,} at the end of cells with several seeds), "
             f"Heun with {preset.sampling_steps} noise levels. Measured here."
         )
+        if preset.name == "tiny":
+            about += (
+                " So few images show how the method runs and which way its loss falls, no more: trust the "
+                "losses before the KID."
+            )
         config = study.config(cells[0])
         page = write_report(job.out, rows, timings, study.floor(config), about)
         say(console, f"{len(rows)} rows in {study.results}; tables and curves: {page}")
@@ -138,8 +145,12 @@ def _affordable(study: Study, cells: Sequence[Cell], budget_s: float, console: C
     """Images a cell that fit into a budget, from a few timed steps of every method."""
     with console.status("Timing a few steps of every method"):
         times = time_recipes({c.name: study.config(c) for c in _distinct(cells)}, rounds=2, warmup=1)
+    first = study.config(cells[0])
+    s_per_flop = times[cells[0].name] / training_flops(first, first.stages[0])
+    drawing_s = s_per_flop * sum(study.drawing_flops(c, study.config(c)) for c in cells)
+    left_s = budget_s - drawing_s - CELL_OVERHEAD_S * len(cells)
     per_image = sum(times[c.name] * c.share for c in cells)
-    return study.preset.rounded(TRAINING_SHARE * budget_s / per_image)
+    return study.preset.rounded(max(left_s, LEAST_TRAINING_SHARE * budget_s) / per_image)
 
 
 def _seconds_per_flop(study: Study, cell: Cell) -> float:
