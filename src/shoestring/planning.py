@@ -22,9 +22,8 @@ from torch import Tensor
 from shoestring.config.schema import CODEC_DOWNSAMPLING, ModelConfig, RunConfig, StageConfig, TokensConfig
 from shoestring.models.files import FAMILIES, build_network
 from shoestring.models.layers import attention_width, mlp_width, swiglu_width
-from shoestring.models.microdit import has_experts
 from shoestring.models.routing import build_method, method_class
-from shoestring.models.transformer import parameter_counts
+from shoestring.models.transformer import has_experts, parameter_counts
 from shoestring.runtime import UserError
 from shoestring.tensors import gather_tokens, visible_count
 

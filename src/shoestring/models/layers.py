@@ -53,10 +53,6 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (x.shape[-1],), weight, None, self.eps)
 
 
-class TransformerBlock(nn.Module):
-    """Base of the blocks in mixer, backbone and decoder: Muon looks for matrices inside them."""
-
-
 def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """x (1 + scale) + shift, the same for all tokens. Source: DiT, arXiv 2212.09748, adaLN."""
     return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
@@ -229,6 +225,41 @@ class CaptionMLP(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """Map the last dimension."""
         return self.fc2(self.norm(F.gelu(self.fc1(y), approximate="tanh")))
+
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class TransformerBlock(nn.Module):
+    """Base of the blocks in mixer, backbone and decoder: Muon looks for matrices inside them.
+
+    Self-attention and feed-forward, modulated and gated by the condition; between them, with captions,
+    cross-attention, neither modulated nor gated.
+    """
+
+    attn: SelfAttention
+    cross_attn: CrossAttention
+    mlp: nn.Module
+    norm1: LayerNorm
+    adaLN_modulation: AdaLN
+    cross: bool
+
+    def norms(self) -> tuple[LayerNorm | None, LayerNorm]:
+        """The norms before cross-attention (``None`` without captions) and before the feed-forward."""
+        raise NotImplementedError
+
+    def forward(
+        self, x_BLD: Tensor, c_BD: Tensor, caption: Tensor | KeysValues | None, mask_BS: Tensor | None
+    ) -> Tensor:
+        """One block; ``caption`` is caption tokens, or keys and values prepared from them."""
+        before_cross, before_mlp = self.norms()
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=-1)
+        x_BLD = x_BLD + gate1[:, None] * self.attn(modulate(self.norm1(x_BLD), shift1, scale1))
+        if before_cross is not None:
+            assert caption is not None
+            keys_values = self.cross_attn.keys_values(caption) if isinstance(caption, Tensor) else caption
+            x_BLD = x_BLD + self.cross_attn(before_cross(x_BLD), keys_values, mask_BS)
+        return x_BLD + gate2[:, None] * self.mlp(modulate(before_mlp(x_BLD), shift2, scale2))
 
 
 class CaptionBlock(nn.Module):

@@ -6,10 +6,8 @@ Without decoder it is DiT. Source: Fast Training of Diffusion Models with Masked
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shoestring.config.schema import ModelConfig
 from shoestring.models.layers import (
@@ -22,9 +20,8 @@ from shoestring.models.layers import (
     TransformerBlock,
     attention_width,
     mlp_width,
-    modulate,
 )
-from shoestring.models.transformer import CaptionEmbedder, DiffusionTransformer, KeysValues
+from shoestring.models.transformer import CaptionEmbedder, DiffusionTransformer
 
 
 class DiTBlock(TransformerBlock):
@@ -62,17 +59,9 @@ class DiTBlock(TransformerBlock):
         self.mlp = MLP(dim, mlp_width(dim, ffn_multiplier, config.ffn_multiple_of), bias)
         self.adaLN_modulation = AdaLN(config.dim, 6 * dim, "silu")
 
-    def forward(
-        self, x_BLD: Tensor, c_BD: Tensor, caption: Tensor | KeysValues | None, mask_BS: Tensor | None
-    ) -> Tensor:
-        """One block; ``caption`` is caption tokens, or keys and values prepared from them."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=-1)
-        x_BLD = x_BLD + gate1[:, None] * self.attn(modulate(self.norm1(x_BLD), shift1, scale1))
-        if self.cross:
-            assert caption is not None
-            keys_values = self.cross_attn.keys_values(caption) if isinstance(caption, Tensor) else caption
-            x_BLD = x_BLD + self.cross_attn(self.norm_cross(x_BLD), keys_values, mask_BS)
-        return x_BLD + gate2[:, None] * self.mlp(modulate(self.norm2(x_BLD), shift2, scale2))
+    def norms(self) -> tuple[LayerNorm | None, LayerNorm]:
+        """Before cross-attention and before the feed-forward."""
+        return (self.norm_cross if self.cross else None), self.norm2
 
 
 class MaskDiT(DiffusionTransformer):
@@ -82,23 +71,12 @@ class MaskDiT(DiffusionTransformer):
     activation: Activation = "silu"
     output_gain = False
 
-    def _backbone(self) -> Iterator[TransformerBlock]:
-        config, cross = self.config, self.config.condition == "text"
-        qkv, ffn = config.per_block("qkv_multipliers"), config.per_block("ffn_multipliers")
-        for i in range(config.depth):
-            yield DiTBlock(config, config.dim, config.head_dim, qkv[i], ffn[i], cross)
-
-    def _mixer(self) -> Iterator[TransformerBlock]:
-        config, mixer, cross = self.config, self.config.mixer, self.config.condition == "text"
-        for _ in range(mixer.depth):
-            yield DiTBlock(
-                config, mixer.dim, config.head_dim, mixer.qkv_multiplier, mixer.ffn_multiplier, cross
-            )
-
-    def _decoder(self) -> Iterator[TransformerBlock]:
-        decoder = self.config.decoder
-        for _ in range(decoder.depth):
-            yield DiTBlock(self.config, decoder.dim, decoder.head_dim, 1.0, 4.0, cross=False)
+    def block(
+        self, dim: int, head_dim: int, qkv: float, ffn: float, expert: bool, cross: bool
+    ) -> TransformerBlock:
+        """See :meth:`DiffusionTransformer.block`."""
+        assert not expert, "the configuration has refused experts"
+        return DiTBlock(self.config, dim, head_dim, qkv, ffn, cross)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

@@ -7,10 +7,9 @@ followed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shoestring.config.schema import ModelConfig
 from shoestring.models.layers import (
@@ -22,17 +21,10 @@ from shoestring.models.layers import (
     TransformerBlock,
     attention_width,
     mlp_width,
-    modulate,
     swiglu_width,
 )
 from shoestring.models.moe import ExpertChoice
-from shoestring.models.transformer import CaptionEmbedder, DiffusionTransformer, KeysValues
-
-
-def has_experts(config: ModelConfig, index: int, mixer: bool = False) -> bool:
-    """Whether a block has experts: every n-th, but never the backbone's last nor the mixer's first."""
-    allowed = index >= 1 if mixer else index < config.depth - 1
-    return config.experts.count > 0 and (index + 1) % config.experts.every == 0 and allowed
+from shoestring.models.transformer import CaptionEmbedder, DiffusionTransformer
 
 
 class Block(TransformerBlock):
@@ -75,40 +67,19 @@ class Block(TransformerBlock):
             self.mlp = SwiGLU(dim, swiglu_width(dim, ffn_multiplier, config.ffn_multiple_of), bias)
         self.adaLN_modulation = AdaLN(config.dim, 6 * dim)
 
-    def forward(
-        self, x_BLD: Tensor, c_BD: Tensor, caption: Tensor | KeysValues | None, mask_BS: Tensor | None
-    ) -> Tensor:
-        """One block; ``caption`` is caption tokens, or keys and values prepared from them."""
-        shift1, scale1, gate1, shift3, scale3, gate3 = self.adaLN_modulation(c_BD).chunk(6, dim=-1)
-        x_BLD = x_BLD + gate1[:, None] * self.attn(modulate(self.norm1(x_BLD), shift1, scale1))
-        if self.cross:
-            assert caption is not None
-            keys_values = self.cross_attn.keys_values(caption) if isinstance(caption, Tensor) else caption
-            x_BLD = x_BLD + self.cross_attn(self.norm2(x_BLD), keys_values, mask_BS)
-        return x_BLD + gate3[:, None] * self.mlp(modulate(self.norm3(x_BLD), shift3, scale3))
+    def norms(self) -> tuple[LayerNorm | None, LayerNorm]:
+        """Before cross-attention and before the feed-forward."""
+        return (self.norm2 if self.cross else None), self.norm3
 
 
 class MicroDiT(DiffusionTransformer):
     """The network of MicroDiT, with captions, classes or no condition."""
 
-    def _backbone(self) -> Iterator[TransformerBlock]:
-        config, cross = self.config, self.config.condition == "text"
-        qkv, ffn = config.per_block("qkv_multipliers"), config.per_block("ffn_multipliers")
-        for i in range(config.depth):
-            yield Block(config, config.dim, config.head_dim, qkv[i], ffn[i], has_experts(config, i), cross)
-
-    def _mixer(self) -> Iterator[TransformerBlock]:
-        config, mixer, cross = self.config, self.config.mixer, self.config.condition == "text"
-        for i in range(mixer.depth):
-            expert = has_experts(config, i, mixer=True)
-            yield Block(
-                config, mixer.dim, config.head_dim, mixer.qkv_multiplier, mixer.ffn_multiplier, expert, cross
-            )
-
-    def _decoder(self) -> Iterator[TransformerBlock]:
-        decoder = self.config.decoder
-        for _ in range(decoder.depth):
-            yield Block(self.config, decoder.dim, decoder.head_dim, 1.0, 4.0, expert=False, cross=False)
+    def block(
+        self, dim: int, head_dim: int, qkv: float, ffn: float, expert: bool, cross: bool
+    ) -> TransformerBlock:
+        """See :meth:`DiffusionTransformer.block`."""
+        return Block(self.config, dim, head_dim, qkv, ffn, expert, cross)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

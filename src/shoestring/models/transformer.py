@@ -34,8 +34,6 @@ from shoestring.models.moe import ExpertChoice
 from shoestring.models.routing import build_method
 from shoestring.tensors import Bool, Float, Int, complement, gather_tokens, masked_mean, scatter_tokens
 
-KeysValues = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -99,6 +97,12 @@ class Pass:
         if self.network.config.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
+
+
+def has_experts(config: ModelConfig, index: int, mixer: bool = False) -> bool:
+    """Whether a block has experts: every n-th, but never the backbone's last nor the mixer's first."""
+    allowed = index >= 1 if mixer else index < config.depth - 1
+    return config.experts.count > 0 and (index + 1) % config.experts.every == 0 and allowed
 
 
 class CaptionEmbedder(nn.Module):
@@ -176,14 +180,40 @@ class DiffusionTransformer(nn.Module):
         self.register_buffer("decoder_pos_embed", None)
         self._tables: dict[tuple[Any, ...], Tensor] = {}
 
-    def _backbone(self) -> Iterator[TransformerBlock]:
+    def block(
+        self, dim: int, head_dim: int, qkv: float, ffn: float, expert: bool, cross: bool
+    ) -> TransformerBlock:
+        """A block of the family.
+
+        Args:
+            dim: its width.
+            head_dim: width of one attention head.
+            qkv: self-attention width as a share of ``dim``.
+            ffn: feed-forward width as a multiple of ``dim``.
+            expert: experts in place of the feed-forward.
+            cross: whether it attends to a caption.
+
+        Returns:
+            The block, its weights not yet drawn.
+        """
         raise NotImplementedError
+
+    def _backbone(self) -> Iterator[TransformerBlock]:
+        config, cross = self.config, self.config.condition == "text"
+        qkv, ffn = config.per_block("qkv_multipliers"), config.per_block("ffn_multipliers")
+        for i in range(config.depth):
+            yield self.block(config.dim, config.head_dim, qkv[i], ffn[i], has_experts(config, i), cross)
 
     def _mixer(self) -> Iterator[TransformerBlock]:
-        raise NotImplementedError
+        mixer, head_dim, cross = self.config.mixer, self.config.head_dim, self.config.condition == "text"
+        for i in range(mixer.depth):
+            expert = has_experts(self.config, i, mixer=True)
+            yield self.block(mixer.dim, head_dim, mixer.qkv_multiplier, mixer.ffn_multiplier, expert, cross)
 
     def _decoder(self) -> Iterator[TransformerBlock]:
-        raise NotImplementedError
+        decoder = self.config.decoder
+        for _ in range(decoder.depth):
+            yield self.block(decoder.dim, decoder.head_dim, 1.0, 4.0, expert=False, cross=False)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draw every parameter anew.
