@@ -28,6 +28,7 @@ from shoestring.studies.token_reduction import Row, Study, flops_so_far, measure
 from shoestring.studies.token_report import (
     against_dense,
     at,
+    best_guidance,
     crossing,
     curves,
     gflops,
@@ -260,6 +261,16 @@ def test_spread_is_over_seeds_and_the_largest_measurement_counts():
     assert curve.spread == pytest.approx(0.1)
     assert curve.points[2].kid == pytest.approx(1.0)
     assert guidance_table(rows)[1][-1] == "2"
+
+
+def test_best_guidance_follows_the_share_of_unmask_tuning():
+    rows = []
+    for name, best in (("x-tail0", 1.0), ("x-tail2.5", 1.5), ("x-cosine2.5", 2.0)):
+        for scale in (1.0, 1.5, 2.0):
+            rows.append(Row(name, 0, "tuning", "deferred", 0.75, 800, guidance=scale, kid=abs(scale - best)))
+        rows.append(Row(name, 0, "tuning", "deferred", 0.75, 100, guidance=1.0, kid=-9.0))
+    assert best_guidance(rows) == {"tail": [(0, 1), (2.5, 1.5)], "cosine": [(0, 1), (2.5, 2.0)]}
+    assert [row[-1] for row in guidance_table(rows)[1:]] == ["1", "1.5", "2"]
 
 
 # ------------------------------------------------------------------------------------------ command line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -97,7 +98,9 @@ def curves(rows: Sequence[Row], timings: Mapping[str, float]) -> list[Curve]:
             points.append(_mean(list(group)))
         final = [r for r in plain if r.nimg == points[-1].nimg and r.samples == max(p.samples for p in plain)]
         kids = [r.kid for r in final]
-        points[-1] = _mean(final) if len(final) >= len({r.seed for r in same}) else points[-1]
+        if len(final) >= len({r.seed for r in same}):
+            # KID does not depend on the number of samples; FD does, so it stays that of the smaller number.
+            points[-1] = replace(_mean(final), fd=points[-1].fd)
         first = plain[0]
         found.append(
             Curve(
@@ -280,13 +283,36 @@ def charts(found: Sequence[Curve]) -> dict[str, str]:
     return {title: svg for title, svg in made.items() if "<circle" in svg}
 
 
+def best_guidance(rows: Sequence[Row]) -> dict[str, list[Point]]:
+    """The best scale of guidance by the share of images trained unmasked at the end, in per cent.
+
+    Args:
+        rows: of the results file.
+
+    Returns:
+        Points for tails at a ratio of zero and along a cosine; the cell without a tail begins both.
+    """
+    found: dict[str, list[Point]] = {"tail": [], "cosine": []}
+    for cell in dict.fromkeys(row.cell for row in rows if row.guidance != 1):
+        named = re.fullmatch(r".*-(tail|cosine)([\d.]+)", cell)
+        if named is None:
+            continue
+        mine = [row for row in rows if row.cell == cell and row.status == "ok"]
+        last = max(row.nimg for row in mine)
+        best = min((row for row in mine if row.nimg == last), key=lambda row: row.kid)
+        kinds = ("tail", "cosine") if float(named[2]) == 0 else (named[1],)
+        for kind in kinds:
+            found[kind].append((float(named[2]), best.guidance))
+    return {kind: sorted(points) for kind, points in found.items()}
+
+
 def guidance_table(rows: Sequence[Row]) -> list[list[str]]:
     """KID by cell and guidance, for cells measured at more than one scale."""
     last = [r for r in rows if r.status == "ok"]
     scales = sorted({r.guidance for r in last})
     body = []
     for cell in dict.fromkeys(r.cell for r in last if r.guidance != 1):
-        mine = {r.guidance: r for r in last if r.cell == cell and (r.guidance != 1 or r.nimg)}
+        mine = {r.guidance: r for r in sorted(last, key=lambda r: r.nimg) if r.cell == cell}
         best = min(mine.values(), key=lambda r: r.kid)
         cells = [short(mine[s].kid) if s in mine else "" for s in scales]
         body.append([cell, *cells, f"{best.guidance:g}"])
@@ -326,6 +352,16 @@ def write_report(
         parts.append(f'<h2>{escape(title)}</h2><div class="card">{svg}</div>')
     guided = guidance_table(rows)
     if guided:
+        lines = [
+            Line(label, points, color, dots=True)
+            for (label, points), color in zip(best_guidance(rows).items(), COLORS, strict=False)
+            if len(points) > 1
+        ]
+        if lines:
+            chart = line_chart(
+                lines, (), "per cent of the images trained unmasked at the end", "best guidance"
+            )
+            parts.append(f'<h2>Guidance and unmask tuning</h2><div class="card">{chart}</div>')
         body = [table_row(list(map(escape, row))) for row in guided[1:]]
         parts.append(html_table("KID by guidance scale", guided[0], body))
     pictures = sorted((folder / "samples").glob("*.png"))
