@@ -274,8 +274,8 @@ class StageConfig(Frozen):
     def mask_ratio_at(self, done_nimg: int) -> float:
         """Share of patches dropped after ``done_nimg`` images of the stage.
 
-        Constant, or over the stage from ``mask_ratio`` to ``mask_ratio_end`` in sixteenths: linear in
-        images, or end + (start - end) cos(pi/2 progress)^power.
+        Constant, or over the stage from ``mask_ratio`` to ``mask_ratio_end`` in sixteenths, and never beyond
+        the two: linear in images, or end + (start - end) cos(pi/2 progress)^power.
 
         Source: MaskDiT, arXiv 2306.09305, unmasking tuning (cosine schedules, here of any power).
         """
@@ -286,7 +286,8 @@ class StageConfig(Frozen):
         if self.mask_schedule == "cosine":
             left = max(0.0, math.cos(math.pi / 2 * progress)) ** self.mask_power
         ratio = self.mask_ratio_end + (self.mask_ratio - self.mask_ratio_end) * left
-        return min(MASK_STEPS - 1, round(ratio * MASK_STEPS)) / MASK_STEPS
+        low, high = sorted((self.mask_ratio, self.mask_ratio_end))
+        return min(high, max(low, round(ratio * MASK_STEPS) / MASK_STEPS))
 
 
 class OptimizerConfig(Frozen):

@@ -145,6 +145,8 @@ def _check_released_form(network: DiffusionTransformer) -> None:
         facts.append(("model.decoder.depth", model.decoder.depth, (0,)))
     else:
         facts += [("model.mixer.depth", model.mixer.depth, (0,)), ("model.bias", model.bias, (True,))]
+        facts.append(("model.qkv_multipliers", set(model.per_block("qkv_multipliers")), ({1.0},)))
+        facts.append(("model.ffn_multipliers", set(model.per_block("ffn_multipliers")), ({4.0},)))
     for name, found, valid in facts:
         if found not in valid:
             raise UserError(

@@ -44,6 +44,11 @@ def check_guidance(sampling: SamplingConfig, predicts_all: bool) -> bool:
         UserError: if so, and the network then predicts only part of the picture.
     """
     reduced = sampling.strong_ratio > 0 or sampling.weak != "condition"
+    if sampling.weak == "tokens" and sampling.weak_ratio <= sampling.strong_ratio:
+        raise UserError(
+            f"sampling.weak_ratio is {sampling.weak_ratio} and sampling.strong_ratio is "
+            f"{sampling.strong_ratio}; with weak=tokens the weak prediction must leave out more"
+        )
     if reduced and not predicts_all:
         raise UserError(
             f"sampling.weak is {sampling.weak} and sampling.strong_ratio {sampling.strong_ratio}, but "

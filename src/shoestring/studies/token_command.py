@@ -13,7 +13,8 @@ from rich.table import Table
 
 from shoestring.config import to_yaml
 from shoestring.runtime import UserError, say
-from shoestring.studies.token_cells import PRESETS, Cell, choose_cells, training_flops
+from shoestring.studies.token_cells import Cell, choose_cells
+from shoestring.studies.token_recipes import PRESETS, training_flops
 from shoestring.studies.token_reduction import Study, flops_so_far
 from shoestring.studies.token_report import write_report
 from shoestring.studies.token_timing import read_timings, time_recipes, write_timings
@@ -82,6 +83,10 @@ def run_tokens(job: TokensJob, console: Console) -> bool:
         )
     if job.nimg is not None and job.budget is not None:
         raise UserError("--nimg and --budget both say how long to train; give one of them")
+    if preset.source != "cifar10" and job.data is not None:
+        raise UserError(
+            f"--data is {job.data!r}, but --preset {preset.name} makes its own pictures; leave it out"
+        )
     cells = choose_cells(preset, job.cells)
     study = Study(preset, job.out, job.data, preset.rounded(job.nimg or preset.nimg), console)
     if job.show is not None:
@@ -89,9 +94,16 @@ def run_tokens(job: TokensJob, console: Console) -> bool:
     timings = read_timings(job.out)
     if job.budget is not None:
         # A study that goes on keeps its length: the clock would give another one every time.
-        known = study.known_nimg()
-        nimg = known or _affordable(study, cells, budget_seconds(job.budget), console)
-        study = Study(preset, job.out, job.data, nimg, console)
+        seconds, known = budget_seconds(job.budget), study.known_nimg()
+        if known is None:
+            times = _coarse_times(study, cells, console)
+            known = _affordable(study, cells, times, seconds)
+            if not job.plan:
+                timings = times | timings
+                write_timings(job.out, timings)
+        else:
+            say(console, f"The study in {job.out} goes on with its {known:,} images a cell.")
+        study = Study(preset, job.out, job.data, known, console)
     if job.time:
         timings = _time(study, cells, timings)
     with console.status("Timing a step for the plan"):
@@ -100,6 +112,7 @@ def run_tokens(job: TokensJob, console: Console) -> bool:
     if job.plan:
         return True
     study.check_same()
+    _ = study.extractor  # a missing package shows now, and not after the first training
     finished = study.run(cells)
     rows = study.rows()
     if any(row.status == "ok" for row in rows):
@@ -133,7 +146,11 @@ def _distinct(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _time(study: Study, cells: Sequence[Cell], known: dict[str, float]) -> dict[str, float]:
-    missing = {c.name: study.config(c) for c in _distinct(cells) if c.name not in known}
+    # All compiled alike, also those whose changing ratios are trained uncompiled.
+    compiled = {"compile": study.preset.compile}
+    missing = {
+        c.name: study.config(c).model_copy(update=compiled) for c in _distinct(cells) if c.name not in known
+    }
     if missing:
         with study.console.status(f"Timing {len(missing)} recipes in turns; leave the machine alone"):
             known = known | time_recipes(missing, rounds=7)
@@ -141,10 +158,14 @@ def _time(study: Study, cells: Sequence[Cell], known: dict[str, float]) -> dict[
     return known
 
 
-def _affordable(study: Study, cells: Sequence[Cell], budget_s: float, console: Console) -> int:
-    """Images a cell that fit into a budget, from a few timed steps of every method."""
+def _coarse_times(study: Study, cells: Sequence[Cell], console: Console) -> dict[str, float]:
+    """Seconds an image from a few steps of every method."""
     with console.status("Timing a few steps of every method"):
-        times = time_recipes({c.name: study.config(c) for c in _distinct(cells)}, rounds=2, warmup=1)
+        return time_recipes({c.name: study.config(c) for c in _distinct(cells)}, rounds=3, warmup=1)
+
+
+def _affordable(study: Study, cells: Sequence[Cell], times: dict[str, float], budget_s: float) -> int:
+    """Images a cell that fit into a budget."""
     first = study.config(cells[0])
     s_per_flop = times[cells[0].name] / training_flops(first, first.stages[0])
     drawing_s = s_per_flop * sum(study.drawing_flops(c, study.config(c)) for c in cells)

@@ -7,12 +7,11 @@ a row that is written at once to one file, ``results.csv``.
 
 from __future__ import annotations
 
-import csv
-import fcntl
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,67 +28,25 @@ from shoestring.planning import model_flops
 from shoestring.runtime import (
     TrainingFailed,
     UserError,
+    atomic_write,
     pick_device,
     say,
     stream,
     write_text,
 )
 from shoestring.sampling.generate import Pipeline, batches, load_pipeline, picture_grid, save_png
-from shoestring.studies.token_cells import (
-    MEASURED,
-    Cell,
-    Preset,
-    base_recipe,
-    configure,
-    parameters,
-    training_flops,
-)
+from shoestring.studies.token_cells import Cell, configure
+from shoestring.studies.token_recipes import MEASURED, Preset, base_recipe, parameters, training_flops
+from shoestring.studies.token_rows import Row, append_row, read_json, read_rows
 from shoestring.training.checkpoint import checkpoint_folders
 from shoestring.training.display import read_log
-from shoestring.training.folder import Busy, locked
+from shoestring.training.folder import Busy, check_same_run, locked
 from shoestring.training.loop import train
 from shoestring.training.schedule import position
 
 SAMPLE_SEED = 1
 DRAW_BATCH = 100
 GRID_PICTURES = 20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured checkpoint of one cell: a line of ``results.csv``."""
-
-    cell: str
-    seed: int
-    group: str
-    method: str
-    ratio: float
-    nimg: int
-    status: str = "ok"
-    """``ok`` or ``diverged``."""
-    guidance: float = 1.0
-    parameters: int = 0
-    training_gflops: float = 0.0
-    """Of all images so far, forward and backward, counted."""
-    gflops_per_image: float = 0.0
-    """Of the next image in training, at the first stage's ratio."""
-    trained_s: float = 0.0
-    """Wall time of training so far, as it ran (perhaps beside other work); see ``timings.json``."""
-    samples: int = 0
-    kid: float = float("nan")
-    kid_spread: float = float("nan")
-    """Standard deviation over subsets, not the standard error."""
-    fd: float = float("nan")
-    loss: float = float("nan")
-    """Mean over the noise levels, all patches, pinned noise."""
-    loss_per_level: str = ""
-    """JSON: sigma / alpha to loss."""
-
-
-TYPES: dict[str, Callable[[str], Any]] = {
-    f.name: {"str": str, "int": int, "float": float}[str(f.type)] for f in fields(Row)
-}
-FIELDS = list(TYPES)
 
 
 @dataclass
@@ -118,8 +75,7 @@ class Study:
 
     def known_nimg(self) -> int | None:
         """Images of one training in a study that was begun, else ``None``."""
-        path = self.folder / "study.json"
-        return int(json.loads(path.read_text())["nimg"]) if path.exists() else None
+        return read_json(self.folder / "study.json").get("nimg")
 
     def check_same(self) -> None:
         """Refuse to go on with other settings.
@@ -129,10 +85,10 @@ class Study:
         """
         settings = {**asdict(self.preset), "nimg": self.nimg}
         path = self.folder / "study.json"
-        if not path.exists():
+        before = read_json(path)
+        if not before:
             write_text(path, json.dumps(settings, indent=1) + "\n")
             return
-        before = json.loads(path.read_text())
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 raise UserError(
@@ -159,34 +115,26 @@ class Study:
         return self._features("held-out", lambda: self.splits(config).held_out.images)
 
     def _features(self, name: str, images: Any) -> Tensor:
-        path = self.folder / f"features-{name}.pt"
-        if path.exists():
-            features: Tensor = torch.load(path, weights_only=True)
-            return features
-        features = self.extractor(images())
-        part = path.with_suffix(".part")
-        torch.save(features, part)
-        part.replace(path)
-        return features
+        pictures = images()
+        digest = hashlib.blake2b(pictures.contiguous().numpy().tobytes(), digest_size=6).hexdigest()
+        path = self.folder / f"features-{name}-{digest}.pt"  # other pictures, other file
+        if not path.exists():
+            features = self.extractor(pictures)
+            atomic_write(path, partial(torch.save, features))
+        stored: Tensor = torch.load(path, weights_only=True)
+        return stored
 
     def floor(self, config: RunConfig) -> dict[str, float]:
         """Training pictures against held-out ones: what a perfect model would get."""
-        path = self.folder / "floor.json"
-        if not path.exists():
-            images = self.splits(config).train.images
-            order = torch.randperm(len(images), generator=stream(0, "floor"))
-            count = min(self.preset.many_samples, len(images))
-            made = self._features("train", lambda: images[order[:count]])
-            values: dict[str, float] = {}
-            for n in sorted({min(count, self.preset.samples), count}):
-                kid = kernel_distance(made[:n], self.reference(config))
-                values |= {
-                    f"kid_{n}": kid.mean,
-                    f"fd_{n}": frechet_distance(made[:n], self.reference(config)),
-                }
-            write_text(path, json.dumps(values, indent=1) + "\n")
-        result: dict[str, float] = json.loads(path.read_text())
-        return result
+        images = self.splits(config).train.images
+        order = torch.randperm(len(images), generator=stream(0, "floor"))
+        count = min(self.preset.many_samples, len(images))
+        made, held = self._features("train", lambda: images[order[:count]]), self.reference(config)
+        values: dict[str, float] = {}
+        for n in sorted({min(count, self.preset.samples), count}):
+            values[f"kid_{n}"] = kernel_distance(made[:n], held).mean
+            values[f"fd_{n}"] = frechet_distance(made[:n], held)
+        return values
 
     def measure(self, cell: Cell, config: RunConfig, checkpoint: Path, guidance: float, count: int) -> Row:
         """Draw from a checkpoint and compare with held-out pictures.
@@ -265,6 +213,7 @@ class Study:
         """
         for i, cell in enumerate(cells):
             if self._is_done(cell):
+                check_same_run(self._folder(cell), self.config(cell))
                 continue
             say(self.console, f"[{i + 1}/{len(cells)}] {cell.key}")
             try:
@@ -290,7 +239,7 @@ class Study:
             nimg = int(checkpoint.name)
             if (nimg, guidance, count) not in have:
                 row = self.measure(cell, config, checkpoint, guidance, count)
-                self.append(row)
+                append_row(self.results, row)
                 say(
                     self.console,
                     f"{cell.key} at {nimg:,} images, guidance {guidance:g}: KID {row.kid:.4f}, "
@@ -298,8 +247,9 @@ class Study:
                 )
         if diverged:
             nimg = max((int(f.name) for f in checkpoint_folders(folder)), default=0)
-            self.append(
-                Row(cell.name, cell.seed, cell.group, cell.method, cell.ratio, nimg, status="diverged")
+            append_row(
+                self.results,
+                Row(cell.name, cell.seed, cell.group, cell.method, cell.ratio, nimg, status="diverged"),
             )
         return True
 
@@ -323,7 +273,7 @@ class Study:
         mine = [row for row in self.rows() if _same(row, cell)]
         if any(row.status == "diverged" for row in mine):
             return True
-        return len(mine) >= self.rows_of(cell)
+        return len({(row.nimg, row.guidance, row.samples) for row in mine}) >= self.rows_of(cell)
 
     def rows_of(self, cell: Cell) -> int:
         """How many measurements a cell has."""
@@ -352,43 +302,9 @@ class Study:
         """What is there."""
         return read_rows(self.results)
 
-    def append(self, row: Row) -> None:
-        """Add a row at once; processes wait for one another."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.results.open("a", newline="") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            writer = csv.DictWriter(file, FIELDS)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(asdict(row))
-
 
 def _same(row: Row, cell: Cell) -> bool:
     return row.cell == cell.name and row.seed == cell.seed
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read a results file.
-
-    Args:
-        path: written by a study; may not exist.
-
-    Returns:
-        Its rows.
-
-    Raises:
-        UserError: if a line is damaged.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    with path.open(newline="") as file:
-        for line, record in enumerate(csv.DictReader(file), start=2):
-            try:
-                rows.append(Row(**{name: TYPES[name](value) for name, value in record.items()}))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path}: line {line} is damaged ({error}); delete that line") from error
-    return rows
 
 
 def measured_at(config: RunConfig) -> list[int]:

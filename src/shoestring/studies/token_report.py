@@ -17,10 +17,17 @@ from shoestring.runtime import write_text
 from shoestring.studies.charts import Line, line_chart
 from shoestring.studies.page import embedded, html_table, short, table_row, whole
 from shoestring.studies.report_template import PAGE
-from shoestring.studies.token_reduction import Row
+from shoestring.studies.token_rows import Row
 
-COLORS = ("#2563a8", "#c2570c", "#2c8a4b", "#8b4bb3", "#b3243f", "#6b7280", "#0e8fa3", "#a8890f")
+COLORS = (
+    *("#2563a8", "#c2570c", "#2c8a4b", "#8b4bb3", "#b3243f", "#6b7280", "#0e8fa3", "#a8890f"),
+    *("#1b1b1b", "#e08ab5", "#7fb800", "#5b3a1e"),
+)
 DENSE = "dense"
+SETTINGS = ("-1024", "-flow")
+"""Endings of cells that are compared with a dense cell of their own."""
+MAIN_RATIOS = {"dense": 0.0, "large-patch": 0.0, "tread": 0.5}
+"""Ratios drawn over a budget, where there are several; 0.75 for the others."""
 Point = tuple[float, float]
 
 
@@ -47,6 +54,11 @@ class Curve:
     def last(self) -> Row:
         """The end of the training."""
         return self.points[-1]
+
+    @property
+    def setting(self) -> str:
+        """What the cell must share with others to be compared: tokens and process."""
+        return next((ending for ending in SETTINGS if self.cell.endswith(ending)), "")
 
     def over(self, axis: Callable[[Row], float | None]) -> list[Point]:
         """KID over an axis, where the axis is known."""
@@ -85,22 +97,23 @@ def curves(rows: Sequence[Row], timings: Mapping[str, float]) -> list[Curve]:
         One curve a cell with any finished measurement, in the order of the file.
     """
     found = []
-    cells = list(dict.fromkeys(row.cell for row in rows))
-    for cell in cells:
+    for cell in dict.fromkeys(row.cell for row in rows):
         mine = [row for row in rows if row.cell == cell]
         plain = [row for row in mine if row.status == "ok" and row.guidance == 1]
         if not plain:
             continue
-        fewest = min(row.samples for row in plain)
-        same = sorted((r for r in plain if r.samples == fewest), key=lambda r: (r.nimg, r.seed))
-        points = []
-        for _, group in groupby(same, key=lambda r: r.nimg):
-            points.append(_mean(list(group)))
-        final = [r for r in plain if r.nimg == points[-1].nimg and r.samples == max(p.samples for p in plain)]
-        kids = [r.kid for r in final]
-        if len(final) >= len({r.seed for r in same}):
+        fewest, last = min(row.samples for row in plain), max(row.nimg for row in plain)
+        same = [row for row in plain if row.samples == fewest]
+        # Seeds that got as far as any: a mean over others would change its members along the way.
+        seeds = {row.seed for row in same if row.nimg == last}
+        same = sorted((row for row in same if row.seed in seeds), key=lambda row: (row.nimg, row.seed))
+        points = [_mean(list(group)) for _, group in groupby(same, key=lambda row: row.nimg)]
+        most = [row for row in plain if row.nimg == last and row.samples > fewest and row.seed in seeds]
+        final = [row for row in same if row.nimg == last]
+        if {row.seed for row in most} == seeds:
             # KID does not depend on the number of samples; FD does, so it stays that of the smaller number.
-            points[-1] = replace(_mean(final), fd=points[-1].fd)
+            points[-1] = replace(_mean(most), fd=points[-1].fd)
+            final = most
         first = plain[0]
         found.append(
             Curve(
@@ -108,12 +121,12 @@ def curves(rows: Sequence[Row], timings: Mapping[str, float]) -> list[Curve]:
                 group=first.group,
                 method=first.method,
                 ratio=first.ratio,
-                seeds=len({row.seed for row in plain}),
+                seeds=len(seeds),
                 parameters=first.parameters,
                 gflops_per_image=first.gflops_per_image,
                 s_per_image=timings.get(cell),
                 points=tuple(points),
-                spread=statistics.stdev(kids) if len(kids) > 1 else math.nan,
+                spread=statistics.stdev(row.kid for row in final) if len(final) > 1 else math.nan,
                 diverged=sum(row.status == "diverged" for row in mine),
             )
         )
@@ -203,16 +216,30 @@ HEAD = (
 )
 
 
+def dense_of(curve: Curve, found: Sequence[Curve]) -> Curve | None:
+    """The dense cell of the same setting."""
+    return next((c for c in found if c.cell == DENSE + curve.setting), None)
+
+
+def _ranks(found: Sequence[Curve]) -> dict[str, int]:
+    """Places by KID among the cells of one group and setting that saw equally many images."""
+    ranks: dict[str, int] = {}
+    kinds = {(c.group, c.setting, c.last.nimg) for c in found}
+    for kind in kinds:
+        same = sorted(
+            (c for c in found if (c.group, c.setting, c.last.nimg) == kind), key=lambda c: c.last.kid
+        )
+        ranks |= {c.cell: i + 1 for i, c in enumerate(same)}
+    return ranks
+
+
 def table(found: Sequence[Curve]) -> list[list[str]]:
-    """The main table as text, best KID at equal images first in ``rank`` (cells of most images only)."""
-    dense = next((c for c in found if c.cell == DENSE), None)
-    most = max((c.last.nimg for c in found), default=0)
-    ranked = sorted((c for c in found if c.last.nimg == most), key=lambda c: c.last.kid)
-    rank = {curve.cell: i + 1 for i, curve in enumerate(ranked)}
+    """The main table as text; ranks are within the group and setting."""
+    rank = _ranks(found)
     rows = []
     for c in found:
-        comparable = dense if c.last.nimg == most else None
-        flops, time = against_dense(c, comparable)
+        dense = dense_of(c, found)
+        flops, time = (None, None) if dense is c else against_dense(c, dense)
         rows.append(
             [
                 c.cell + (f" ({c.diverged} diverged)" if c.diverged else ""),
@@ -223,13 +250,30 @@ def table(found: Sequence[Curve]) -> list[list[str]]:
                 f"{c.last.nimg:,}",
                 short(c.last.kid),
                 "" if math.isnan(c.spread) else short(c.spread),
-                str(rank.get(c.cell, "")),
+                str(rank[c.cell]),
                 short(c.last.fd),
-                short(c.last.loss),
-                "" if flops is None or c.cell == DENSE else f"{flops:.2f}",
-                "" if time is None or c.cell == DENSE else f"{time:.2f}",
+                # Flow weighs errors otherwise: its loss compares with nothing here.
+                "" if c.setting == "-flow" else short(c.last.loss),
+                "" if flops is None else f"{flops:.2f}",
+                "" if time is None else f"{time:.2f}",
             ]
         )
+    return rows
+
+
+CROSSING_HEAD = ("cell", "images", "training GFLOP", "training seconds")
+
+
+def crossings(found: Sequence[Curve]) -> list[list[str]]:
+    """The budgets at which curves cross that of dense between measured points; cells without any left out."""
+    rows = []
+    for c in found:
+        dense = dense_of(c, found)
+        if dense is None or dense is c:
+            continue
+        at_budget = [crossing(c, dense, axis) for axis in ("images", "flops", "time")]
+        if any(value is not None for value in at_budget):
+            rows.append([c.cell, *("" if value is None else whole(value) for value in at_budget)])
     return rows
 
 
@@ -255,31 +299,42 @@ def _chart(found: Sequence[Curve], axis: str, x_label: str) -> str:
 
 
 def _by_ratio(found: Sequence[Curve]) -> str:
+    """KID over the share dropped; deferred begins at dense, which is the same network."""
     lines = []
     core = [c for c in found if c.group == "core" and "tail" not in c.cell]
     dense = next((c for c in core if c.cell == DENSE), None)
     for i, method in enumerate(dict.fromkeys(c.method for c in core if c.ratio)):
         points = sorted((c.ratio, c.last.kid) for c in core if c.method == method)
-        if dense is not None and method in ("deferred", "naive", "maskdit"):
+        if dense is not None and method == "deferred":
             points = [(0.0, dense.last.kid), *points]
         lines.append(Line(method, points, COLORS[i % len(COLORS)], dots=True))
     return line_chart(lines, (), "share of tokens dropped", "KID at equal images")
 
 
+def _one_ratio(found: Sequence[Curve]) -> list[Curve]:
+    """Of each method one ratio: the main one, or the only one there is."""
+    chosen = []
+    for method in dict.fromkeys(c.method for c in found):
+        mine = [c for c in found if c.method == method]
+        main = [c for c in mine if c.ratio == MAIN_RATIOS.get(method, 0.75)]
+        chosen += main or mine
+    return chosen
+
+
 def charts(found: Sequence[Curve]) -> dict[str, str]:
     """SVG charts by title; those with nothing to show are left out."""
-    core = [c for c in found if c.group == "core" and "0.5" not in c.cell.replace("tread-0.5", "")]
-    core = [c for c in core if "0.875" not in c.cell]
-    tails = [c for c in found if "deferred-0.75" in c.cell and c.group in ("core", "tuning")]
+    core = _one_ratio([c for c in found if c.group == "core"])
+    plain = [c for c in core if "tail" not in c.cell]
+    tails = [c for c in found if c.cell == DENSE or ("-0.75" in c.cell and c.group in ("core", "tuning"))]
+    tails = [c for c in tails if c.method in ("dense", "deferred", "naive", "sprint")]
     long = [c for c in found if c.group == "long"]
-    made = {
-        "Quality against the share of tokens dropped": _by_ratio(found),
-        "Quality against images": _chart(core, "images", "images"),
-        "Quality against training FLOPs": _chart(core, "flops", "training GFLOP"),
-        "Quality against training time": _chart(core, "time", "seconds of training"),
-        "Masked, then unmasked": _chart(tails, "flops", "training GFLOP"),
-        "1,024 tokens": _chart(long, "flops", "training GFLOP"),
-    }
+    made = {"Quality against the share of tokens dropped": _by_ratio(found)}
+    axes = (("images", "images"), ("flops", "training GFLOP"), ("time", "seconds of training"))
+    for axis, label in axes:
+        made[f"Quality against {label}"] = _chart(plain, axis, label)
+    made["Dropped, then dense"] = _chart(tails, "flops", "training GFLOP")
+    for axis, label in axes:
+        made[f"1,024 tokens: quality against {label}"] = _chart(long, axis, label)
     return {title: svg for title, svg in made.items() if "<circle" in svg}
 
 
@@ -294,15 +349,13 @@ def best_guidance(rows: Sequence[Row]) -> dict[str, list[Point]]:
     """
     found: dict[str, list[Point]] = {"tail": [], "cosine": []}
     for cell in dict.fromkeys(row.cell for row in rows if row.guidance != 1):
-        named = re.fullmatch(r".*-(tail|cosine)([\d.]+)", cell)
-        if named is None:
-            continue
+        named = re.fullmatch(r".*?(?:-(tail|cosine)([\d.]+))?", cell)
+        assert named is not None
         mine = [row for row in rows if row.cell == cell and row.status == "ok"]
         last = max(row.nimg for row in mine)
         best = min((row for row in mine if row.nimg == last), key=lambda row: row.kid)
-        kinds = ("tail", "cosine") if float(named[2]) == 0 else (named[1],)
-        for kind in kinds:
-            found[kind].append((float(named[2]), best.guidance))
+        for kind in ("tail", "cosine") if named[1] is None else (named[1],):
+            found[kind].append((float(named[2] or 0), best.guidance))
     return {kind: sorted(points) for kind, points in found.items()}
 
 
@@ -348,6 +401,10 @@ def write_report(
     ]
     if diverged(rows):
         parts.append(f"<p>{escape(diverged(rows))}</p>")
+    crossed = [table_row(list(map(escape, row))) for row in crossings(found)]
+    if crossed:
+        caption = "Budgets at which the curve of a cell crosses that of dense"
+        parts.append(html_table(caption, CROSSING_HEAD, crossed))
     for title, svg in charts(found).items():
         parts.append(f'<h2>{escape(title)}</h2><div class="card">{svg}</div>')
     guided = guidance_table(rows)

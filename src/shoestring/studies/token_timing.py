@@ -15,6 +15,7 @@ from shoestring.diffusion.process import build_process
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import build_network
 from shoestring.runtime import PRECISIONS, Workers, default_workers, pick_device, stream, write_text
+from shoestring.studies.token_rows import read_json
 from shoestring.training.ema import EMA
 from shoestring.training.optim import Optimizers
 from shoestring.training.step import Learner, TrainingBatch, train_step
@@ -89,8 +90,7 @@ def time_recipes(configs: Mapping[str, RunConfig], rounds: int, warmup: int = 2)
 
 def read_timings(folder: Path) -> dict[str, float]:
     """Timings kept in a study's folder; empty if none were taken."""
-    path = folder / "timings.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return read_json(folder / "timings.json")
 
 
 def write_timings(folder: Path, timings: Mapping[str, float]) -> None:
