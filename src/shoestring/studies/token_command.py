@@ -22,7 +22,7 @@ from shoestring.training.display import duration
 
 LEAST_TRAINING_SHARE = 0.2
 """Of a budget, however much the drawing takes."""
-CELL_OVERHEAD_S = 4.0
+CELL_OVERHEAD_S = 9.0
 """Of a cell: reading pictures, features, checkpoints; about so much with 128 small pictures."""
 
 
