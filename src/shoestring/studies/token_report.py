@@ -332,6 +332,12 @@ def charts(found: Sequence[Curve]) -> dict[str, str]:
     axes = (("images", "images"), ("flops", "training GFLOP"), ("time", "seconds of training"))
     for axis, label in axes:
         made[f"Quality against {label}"] = _chart(plain, axis, label)
+    losses = [
+        Line(c.cell, [(gflops(r), r.loss) for r in c.points], COLORS[i % len(COLORS)], dots=True)
+        for i, c in enumerate(plain)
+    ]
+    label = "loss on all patches, pinned noise"
+    made["Loss against training GFLOP"] = line_chart(losses, (), "training GFLOP", label)
     made["Dropped, then dense"] = _chart(tails, "flops", "training GFLOP")
     for axis, label in axes:
         made[f"1,024 tokens: quality against {label}"] = _chart(long, axis, label)
