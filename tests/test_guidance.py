@@ -121,11 +121,17 @@ def test_path_drop_is_the_network_without_its_sparse_path():
     assert torch.allclose(plain(inner, condition, 1.0), dropped, atol=1e-12)
 
 
+def test_a_weak_prediction_that_is_not_weaker_is_refused():
+    settings = SamplingConfig(weak="tokens", strong_ratio=0.5, weak_ratio=0.5)
+    with pytest.raises(UserError, match=r"weak_ratio is 0.5 and sampling.strong_ratio is 0.5"):
+        GuidedDenoiser(denoiser(), settings, None, LEFT_OUT)
+
+
 @pytest.mark.parametrize("kind", ["text", "class"])
 def test_equal_predictions_guide_nowhere(kind):
-    """Two equal rates, or an unconditional picture: whatever the scale."""
+    """Two rates that leave out as many of 12 tokens: whatever the scale."""
     inner = denoiser(condition=kind)
-    settings = SamplingConfig(guidance=7.0, weak="tokens", strong_ratio=0.5, weak_ratio=0.5)
+    settings = SamplingConfig(guidance=7.0, weak="tokens", strong_ratio=0.45, weak_ratio=0.5)
     with torch.no_grad():
         both = [
             GuidedDenoiser(inner, s, None, LEFT_OUT)(
