@@ -104,7 +104,7 @@ class ModelConfig(Frozen):
         "attend to and pool over real caption tokens only (false: padding too, as released)", False
     )
     attention: Literal["auto", "sdpa", "explicit"] = setting(
-        "auto: explicit softmax(QK)V in bf16 on a CPU, where fused attention is slow; else sdpa", "auto"
+        "auto: explicit softmax(QK)V to train in bf16 on a CPU, where sdpa is slow; else sdpa", "auto"
     )
     checkpoint_activations: bool = setting("recompute each block in the backward pass", False)
 
