@@ -14,6 +14,7 @@ from shoestring.config import MixerConfig, load_yaml
 from shoestring.runtime import UserError
 from shoestring.studies.token_cells import Cell, choose_cells, configure
 from shoestring.studies.token_command import budget_seconds
+from shoestring.studies.token_curves import against_dense, at, crossing, curves, gflops, images
 from shoestring.studies.token_recipes import (
     METHOD_RECIPES,
     PRESETS,
@@ -24,18 +25,7 @@ from shoestring.studies.token_recipes import (
     with_stages,
 )
 from shoestring.studies.token_reduction import Study, flops_so_far, measured_at
-from shoestring.studies.token_report import (
-    against_dense,
-    at,
-    best_guidance,
-    crossing,
-    curves,
-    gflops,
-    guidance_table,
-    images,
-    markdown,
-    write_report,
-)
+from shoestring.studies.token_report import best_guidance, guidance_table, markdown, write_report
 from shoestring.studies.token_rows import Row, read_rows
 from shoestring.training.folder import locked
 from shoestring.training.schedule import position

@@ -89,15 +89,8 @@ class MaskDiT(DiffusionTransformer):
         Args:
             generator: where the numbers come from.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, LayerNorm) and module.weight is not None:
-                nn.init.ones_(module.weight)
+        self._initialize_linears(generator)
         patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1), generator=generator)
         assert patch.bias is not None
         nn.init.zeros_(patch.bias)
         small: list[nn.Linear] = list(self.t_embedder.linears)

@@ -22,6 +22,7 @@ from shoestring.models.layers import (
     CaptionBlock,
     CaptionMLP,
     ClassEmbedding,
+    LayerNorm,
     ModulatedLinear,
     NormLinear,
     PatchEmbedding,
@@ -222,6 +223,18 @@ class DiffusionTransformer(nn.Module):
             generator: where the numbers come from.
         """
         raise NotImplementedError
+
+    def _initialize_linears(self, generator: torch.Generator) -> None:
+        """All linear maps and the patch embedding Xavier-uniform, biases zero, gains one."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, LayerNorm) and module.weight is not None:
+                nn.init.ones_(module.weight)
+        patch = self.x_embedder.proj
+        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1), generator=generator)
 
     def _initialize_rest(self, generator: torch.Generator) -> None:
         """Class table and mask tokens normal with std 0.02; output, its modulation and the way into the
