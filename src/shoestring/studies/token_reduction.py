@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,9 @@ class Study:
             values[f"fd_{n}"] = frechet_distance(made[:n], held)
         return values
 
-    def measure(self, cell: Cell, config: RunConfig, checkpoint: Path, guidance: float, count: int) -> Row:
+    def measure(
+        self, cell: Cell, config: RunConfig, checkpoint: Path, guidance: float, counts: Sequence[int]
+    ) -> list[Row]:
         """Draw from a checkpoint and compare with held-out pictures.
 
         Args:
@@ -144,27 +146,27 @@ class Study:
             config: its recipe.
             checkpoint: folder of the checkpoint.
             guidance: classifier-free guidance.
-            count: pictures drawn; distances are taken over the preset's number and over all.
+            counts: numbers of pictures; the largest is drawn, smaller ones are its beginning.
 
         Returns:
-            The row.
+            A row for each number.
         """
         pipeline = load_pipeline(checkpoint, pick_device("auto"))
         try:
             # Set here and not in the recipe: the settings of a measurement are the study's.
             sampling = config.sampling.model_copy(update={"guidance": guidance})
-            pictures = self._draw(pipeline, sampling, count)
+            pictures = self._draw(pipeline, sampling, max(counts))
             losses = self._losses(pipeline, config)
         finally:
             pipeline.workers.close()
         made = self.extractor(pictures)
-        kid = kernel_distance(made, self.reference(config))
+        reference = self.reference(config)
         nimg = int(checkpoint.name)
         last = nimg >= config.nimg
         if last and guidance == 1 and cell.seed == 0:
             grid = picture_grid(pictures[:GRID_PICTURES], 10, 2)
             save_png(self.folder / "samples" / f"{cell.name}.png", grid, {"cell": cell.name, "nimg": nimg})
-        return Row(
+        row = Row(
             cell=cell.name,
             seed=cell.seed,
             group=cell.group,
@@ -176,13 +178,15 @@ class Study:
             training_gflops=flops_so_far(config, nimg) / 1e9,
             gflops_per_image=training_flops(config, config.stages[0]) / 1e9,
             trained_s=_trained_s(checkpoint.parent.parent, nimg),
-            samples=count,
-            kid=kid.mean,
-            kid_spread=kid.std,
-            fd=frechet_distance(made, self.reference(config)),
             loss=sum(losses.values()) / len(losses),
             loss_per_level=json.dumps({f"{ratio:g}": round(loss, 6) for ratio, loss in losses.items()}),
         )
+        rows = []
+        for count in counts:
+            kid = kernel_distance(made[:count], reference)
+            fd = frechet_distance(made[:count], reference)
+            rows.append(replace(row, samples=count, kid=kid.mean, kid_spread=kid.std, fd=fd))
+        return rows
 
     def _draw(self, pipeline: Pipeline, sampling: SamplingConfig, count: int) -> Tensor:
         names = pipeline.classes or ("",)
@@ -235,10 +239,10 @@ class Study:
             say(self.console, f"{cell.key} diverged: {error}")
             diverged = True
         have = {(row.nimg, row.guidance, row.samples) for row in self.rows() if _same(row, cell)}
-        for checkpoint, guidance, count in self._wanted(cell, config):
+        for checkpoint, guidance, wanted in self._wanted(cell, config):
             nimg = int(checkpoint.name)
-            if (nimg, guidance, count) not in have:
-                row = self.measure(cell, config, checkpoint, guidance, count)
+            counts = [count for count in wanted if (nimg, guidance, count) not in have]
+            for row in self.measure(cell, config, checkpoint, guidance, counts) if counts else []:
                 append_row(self.results, row)
                 say(
                     self.console,
@@ -253,18 +257,17 @@ class Study:
             )
         return True
 
-    def _wanted(self, cell: Cell, config: RunConfig) -> Iterator[tuple[Path, float, int]]:
-        """Checkpoint, guidance and number of pictures of every measurement, as far as training came."""
+    def _wanted(self, cell: Cell, config: RunConfig) -> Iterator[tuple[Path, float, list[int]]]:
+        """Checkpoint, guidance and numbers of pictures of every measurement, as far as training came."""
         by_nimg = {int(folder.name): folder for folder in checkpoint_folders(self._folder(cell))}
+        few = self.preset.samples
         for nimg in measured_at(config):
             if nimg in by_nimg:
-                yield by_nimg[nimg], 1.0, self.preset.samples
-        if config.nimg not in by_nimg:
-            return
-        if self._has_many(cell):
-            yield by_nimg[config.nimg], 1.0, self.preset.many_samples
-        for guidance in cell.guidance:
-            yield by_nimg[config.nimg], guidance, self.preset.samples
+                many = nimg == config.nimg and self._has_many(cell)
+                yield by_nimg[nimg], 1.0, [few, self.preset.many_samples] if many else [few]
+        if config.nimg in by_nimg:
+            for guidance in cell.guidance:
+                yield by_nimg[config.nimg], guidance, [few]
 
     def _folder(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.key
@@ -284,8 +287,8 @@ class Study:
 
     def drawing_flops(self, cell: Cell, config: RunConfig) -> float:
         """FLOPs of all pictures that are drawn for a cell's measurements."""
-        pictures = self.preset.samples * (len(MEASURED) + 2 * len(cell.guidance))
-        pictures += self.preset.many_samples * self._has_many(cell)
+        many = self.preset.many_samples if self._has_many(cell) else self.preset.samples
+        pictures = self.preset.samples * (len(MEASURED) - 1 + 2 * len(cell.guidance)) + many
         calls = 2 * config.sampling.steps - 1
         side = config.stages[0].resolution // config.model.patch_size
         one = model_flops(config.model, (side, side), config.data.max_tokens, 0.0, config.tokens)
