@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from shoestring.data import folder
+from shoestring.data.pixels import read_image
 from shoestring.data.captions import read_rows
 from shoestring.runtime import UserError
 
@@ -271,9 +272,9 @@ def test_all_rejected_names_the_first_reasons(tmp_path: Path) -> None:
 
 def test_one_picture_alone(tmp_path: Path) -> None:
     path = add(tmp_path, "a.png")
-    read = folder.read_image(path, 16)
+    read = read_image(path, 16)
     assert read.shape == (3, 16, 16)
     assert (read[:, 8, 8] == [100, 150, 200]).all()
     path.write_bytes(b"oops")
     with pytest.raises(UserError, match=r"a\.png: cannot be read as a picture"):
-        folder.read_image(path, 16)
+        read_image(path, 16)

@@ -231,13 +231,41 @@ class Denoiser(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Which weights made something that is stored: what two runs must share to share a store."""
+
+    name: str
+    """Kind: ``pixels``, ``autoencoder-kl``, ``clip``, ..."""
+    source: str = ""
+    """Hub name or folder that the weights came from; empty = there are none."""
+    revision: str = ""
+    """Commit of the hub, where it is known."""
+    digest: str = ""
+    """Hash of weights and settings that change the result (hexadecimal); two identities are of one maker
+    exactly when names and digests are equal."""
+
+    def same(self, other: Identity) -> bool:
+        """Whether both make the same results, wherever their weights lay."""
+        return (self.name, self.digest) == (other.name, other.digest)
+
+    def __str__(self) -> str:
+        where = f" from {self.source}" if self.source else ""
+        return f"{self.name}{where}{f' ({self.digest[:8]})' if self.digest else ''}"
+
+
 @runtime_checkable
 class ImageCodec(Protocol):
     """Pixels to stored moments, moments to model latents, latents to pixels."""
 
     name: str
+    identity: Identity
     channels: int
     """Channels of the latents."""
+    moment_channels: int
+    """Channels of the moments: as many, or twice as many where they hold mean and log-variance."""
+    moment_dtype: torch.dtype
+    """How moments are stored: float16, or uint8 where they are pixels."""
     downsampling: int
     """Pixels per latent along one side."""
 
@@ -261,6 +289,9 @@ class TextEncoder(Protocol):
     """List of strings to embeddings ``B S D`` and a boolean mask ``B S`` (true = real token)."""
 
     name: str
+    identity: Identity
+    padding_carries_text: bool
+    """Whether positions after the caption hold some of its content (causal towers, as CLIP's)."""
     width: int
     max_tokens: int
 

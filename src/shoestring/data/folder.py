@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 import posixpath
 import re
-import warnings
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from shoestring.data.captions import READERS, read_rows
+from shoestring.data.pixels import Unusable, decode, fit
 from shoestring.data.records import CaptionedImages, Rejection
 from shoestring.runtime import UserError
 
-# Readers of Pillow that are safe on a stranger's file (EPS, for one, would start a program).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 CAPTION_STEMS = ("metadata", "captions")
-MIN_SIDE = 8
-MAX_ASPECT = 8.0
 MAX_SHOWN = 3
-
-
-class _Rejected(Exception):
-    """Why a picture cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +57,9 @@ def load(folder: Path, resolution: int) -> CaptionedImages:
     captions: list[str] = []
     for item in items:
         try:
-            images[len(captions)] = _read(item.path, resolution)
+            images[len(captions)] = fit(decode(item.path, resolution), resolution, resolution)
             captions.append(item.caption)
-        except _Rejected as reason:
+        except Unusable as reason:
             rejected.append(Rejection(item.name, str(reason)))
     rejected.sort(key=lambda rejection: rejection.item)
     if not captions:
@@ -149,82 +137,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name that no file can have
         return False
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """The formats that this build of Pillow can read."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def read_image(path: Path, resolution: int) -> NDArray[np.uint8]:
-    """Read one picture as a square on white: the middle, at the given resolution.
-
-    Orientation marks of cameras are obeyed, 16-bit greys are scaled to 8, CMYK becomes RGB, of an
-    animation the first frame counts. Large JPEGs are decoded at reduced size.
-
-    Args:
-        path: the file.
-        resolution: side of the result.
-
-    Returns:
-        ``(3, resolution, resolution)``.
-
-    Raises:
-        UserError: if the file is not a usable picture.
-    """
-    try:
-        return _read(path, resolution)
-    except _Rejected as reason:
-        raise UserError(f"{path}: {reason}") from reason
-
-
-def _read(path: Path, resolution: int) -> NDArray[np.uint8]:
-    try:
-        with warnings.catch_warnings():
-            # Between one and two times Pillow's limit it warns (a large photo), above it raises.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # broken EXIF and the like
-            with Image.open(path, formats=_formats()) as file:
-                width, height = file.size
-                if min(width, height) < MIN_SIDE:
-                    raise _Rejected(f"{width} x {height} pixels; each side must have at least {MIN_SIDE}")
-                if max(width, height) > MAX_ASPECT * min(width, height):
-                    raise _Rejected(
-                        f"{width} x {height} pixels; the long side may be {MAX_ASPECT:g} times the short"
-                    )
-                enough = 2 * resolution / min(width, height)
-                file.draft(None, (math.ceil(width * enough), math.ceil(height * enough)))
-                ImageOps.exif_transpose(file, in_place=True)
-                picture = _rgb(file)
-    except _Rejected:
-        raise
-    except Image.DecompressionBombError as error:
-        raise _Rejected("more pixels than a photo has (a decompression bomb?)") from error
-    except Exception as error:  # Pillow's readers fail on broken files with almost any exception
-        raise _Rejected(f"cannot be read as a picture ({type(error).__name__})") from error
-    side = min(picture.size)
-    left, top = (picture.width - side) / 2, (picture.height - side) / 2
-    square = picture.resize(
-        (resolution, resolution),
-        Image.Resampling.LANCZOS,
-        box=(left, top, left + side, top + side),
-        reducing_gap=3.0,
-    )
-    return np.array(np.asarray(square).transpose(2, 0, 1))
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I;16"):
-        # convert("L") would clip at 255 instead of scaling.
-        grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        raise _Rejected(
-            f"{picture.mode}-mode pixels (32 bits) have no known white; save it with 8 or 16 bits"
-        )
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return picture.convert("RGB")

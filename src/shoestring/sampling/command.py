@@ -159,7 +159,7 @@ def _parameters(
 
 def _read_start(path: Path, resolution: int) -> Tensor:
     """The picture to begin with, cropped to the middle square at the model's resolution."""
-    from shoestring.data.folder import read_image
+    from shoestring.data.pixels import read_image
 
     if not path.is_file():
         raise UserError(f"--image {path} does not exist")
