@@ -88,12 +88,12 @@ def make_store(
     mask_BS = torch.arange(7)[None] < torch.tensor(true_B)[:, None]
     encoded = pack(text, text_BSD, mask_BS)
     texts_table = pa.table(
-        [pa.array([f"caption {first + t}" for t in range(count)]), *encoded.columns],
+        [pa.array([f"caption {first + t}" for t in range(count)], pa.string()), *encoded.columns],
         names=["text", *encoded.column_names],
     )
-    text_piece = write_piece(child(uri, "texts"), texts_table)
-    texts = commit_new(child(uri, "texts"), texts_table.schema, [text_piece])
-    sums = [("records", f) for p in pieces for f in p.files] + [("texts", f) for f in text_piece.files]
+    text_pieces = [write_piece(child(uri, "texts"), texts_table)] if count else []
+    texts = commit_new(child(uri, "texts"), texts_table.schema, text_pieces)
+    sums = [("records", f) for p in pieces for f in p.files] + [("texts", f) for p in text_pieces for f in p.files]
     manifest = Manifest(
         made_by="test",
         records=rows,

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoestring.config import (
+    DataConfig,
     LoggingConfig,
     ModelConfig,
     NoiseConfig,
@@ -17,6 +18,7 @@ from shoestring.config import (
     RunConfig,
     SamplingConfig,
     StageConfig,
+    StoreConfig,
     apply_overrides,
     from_json,
     load_yaml,
@@ -28,6 +30,7 @@ from shoestring.runtime import UserError
 
 CONFIG = RunConfig(
     name="test",
+    data=DataConfig(stores=(StoreConfig(path="a"),)),
     stages=(
         StageConfig(name="pretrain", nimg=1000, lr=1e-3),
         StageConfig(name="tune it", nimg=1000, lr=1e-5, mask_ratio=0.5),

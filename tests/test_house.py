@@ -16,7 +16,9 @@ import shoestring
 HEAVY = (
     "transformers",
     "diffusers",
-    "pyarrow",
+    "datasets",
+    "ray",
+    "fsspec",
     "matplotlib",
     "gradio",
     "resvg_py",
@@ -47,7 +49,7 @@ def test_import_is_light() -> None:
     )
     loaded = run_python(code).split()
     assert "shoestring" in loaded
-    assert not set(loaded) & set(HEAVY)
+    assert not set(loaded) & {*HEAVY, "pyarrow", "lance"}
 
 
 def test_the_core_needs_no_optional_package() -> None:
@@ -88,7 +90,7 @@ def test_every_requirement_is_pinned_and_torchvision_stays_out(root: Path) -> No
     assert "torchvision" not in needed
 
 
-def test_core_requirements_are_the_eight(root: Path) -> None:
+def test_core_requirements_are_the_ten(root: Path) -> None:
     assert {canonical(name) for name in requirements(root)["core"]} == {
         "torch",
         "numpy",
@@ -96,6 +98,8 @@ def test_core_requirements_are_the_eight(root: Path) -> None:
         "pyyaml",
         "safetensors",
         "pillow",
+        "pyarrow",
+        "pylance",
         "rich",
         "typer",
     }

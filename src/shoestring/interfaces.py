@@ -259,7 +259,6 @@ class ImageCodec(Protocol):
     """Pixels to stored moments, moments to model latents, latents to pixels."""
 
     name: str
-    identity: Identity
     channels: int
     """Channels of the latents."""
     moment_channels: int
@@ -268,6 +267,11 @@ class ImageCodec(Protocol):
     """How moments are stored: float16, or uint8 where they are pixels."""
     downsampling: int
     """Pixels per latent along one side."""
+
+    @property
+    def identity(self) -> Identity:
+        """What made the moments."""
+        ...
 
     def encode(self, pixels: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B M h w"]:
         """Moments to store: the latents, or their mean and log-variance stacked."""
@@ -289,11 +293,15 @@ class TextEncoder(Protocol):
     """List of strings to embeddings ``B S D`` and a boolean mask ``B S`` (true = real token)."""
 
     name: str
-    identity: Identity
     padding_carries_text: bool
     """Whether positions after the caption hold some of its content (causal towers, as CLIP's)."""
     width: int
     max_tokens: int
+
+    @property
+    def identity(self) -> Identity:
+        """What made the embeddings."""
+        ...
 
     def __call__(self, texts: Sequence[str]) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
         """Encode; every row is padded with zeros to ``max_tokens``, longer texts are cut."""

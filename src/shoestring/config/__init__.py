@@ -15,6 +15,7 @@ from shoestring.config.schema import (
     RunConfig,
     SamplingConfig,
     StageConfig,
+    StoreConfig,
     TokensConfig,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "StageConfig",
+    "StoreConfig",
     "TokensConfig",
     "apply_overrides",
     "from_json",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 
-from shoestring.data.captions import READERS, read_rows
+from shoestring.data.captions import DEFAULT, READERS, Columns, Row, plain, read_rows
 from shoestring.data.pixels import Unusable, decode, fit
 from shoestring.data.records import CaptionedImages, Rejection
 from shoestring.runtime import UserError
@@ -19,15 +20,19 @@ from shoestring.runtime import UserError
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 CAPTION_STEMS = ("metadata", "captions")
 MAX_SHOWN = 3
+NO_CAPTION = "no caption"
+UNUSABLE = "unusable picture"
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """A picture that has a caption."""
 
-    name: str  # relative to the folder, for messages
+    name: str
+    """Relative to the folder."""
     path: Path
-    caption: str
+    captions: tuple[str, ...]
+    numbers: dict[str, float]
 
 
 def load(folder: Path, resolution: int) -> CaptionedImages:
@@ -51,16 +56,22 @@ def load(folder: Path, resolution: int) -> CaptionedImages:
         raise UserError(
             f"data.path is {str(folder)!r}, which is not a folder; give the folder of your pictures"
         )
-    items, rejected = _collect(folder)
+    items, rejected = collect(folder)
+    several = next((item.name for item in items if len(item.captions) > 1), None)
+    if several is not None:
+        raise UserError(
+            f"data.path: {several} has several captions, but pictures that are read into memory have one "
+            "each; make a store of the folder with: shoestring data ingest"
+        )
     # Memory is only taken where it is written, so the rows of pictures that turn out corrupt are free.
     images = np.empty((len(items), 3, resolution, resolution), dtype=np.uint8)
     captions: list[str] = []
     for item in items:
         try:
             images[len(captions)] = fit(decode(item.path, resolution), resolution, resolution)
-            captions.append(item.caption)
+            captions.append(item.captions[0])
         except Unusable as reason:
-            rejected.append(Rejection(item.name, str(reason)))
+            rejected.append(Rejection(item.name, str(reason), UNUSABLE))
     rejected.sort(key=lambda rejection: rejection.item)
     if not captions:
         shown = "; ".join(f"{r.item}: {r.reason}" for r in rejected[:MAX_SHOWN])
@@ -73,53 +84,97 @@ def load(folder: Path, resolution: int) -> CaptionedImages:
     return CaptionedImages(torch.from_numpy(images[: len(captions)]), tuple(captions), tuple(rejected))
 
 
-def _collect(folder: Path) -> tuple[list[_Item], list[Rejection]]:
-    """Find pictures and their captions without opening a picture."""
+def collect(
+    folder: Path, columns: Columns = DEFAULT, caption_file: Path | None = None
+) -> tuple[list[Item], list[Rejection]]:
+    """Find pictures and their captions without opening a picture.
+
+    Args:
+        folder: where the pictures are.
+        columns: of caption files.
+        caption_file: the only one; its names are relative to the folder, and a name without a folder may
+            lie anywhere below. By default those in the folder and the texts beside the pictures.
+
+    Returns:
+        Pictures in the order of their names, and what was left out.
+
+    Raises:
+        UserError: if a caption file cannot be read.
+    """
+    pictures, caption_files = _walk(folder)
+    found: dict[str, Item] = {}
+    rejected: list[Rejection] = []
+    taken: dict[str, str] = {}  # picture -> the row that names it
+    below: dict[str, str] = {}
+    if caption_file is not None:
+        caption_files = [caption_file]
+        counts = Counter(PurePosixPath(name).name for name in pictures)
+        below = {PurePosixPath(name).name: name for name in pictures if counts[PurePosixPath(name).name] == 1}
+    elif columns.numbers and not caption_files:
+        raise UserError(
+            f"{folder} has no column {columns.numbers[0]!r}, as it has no caption file; put the numbers into "
+            "metadata.jsonl, .csv or .parquet"
+        )
+    for file in caption_files:
+        parent = (
+            PurePosixPath() if caption_file else PurePosixPath(file.relative_to(folder).as_posix()).parent
+        )
+        shown = file.name if caption_file else file.relative_to(folder).as_posix()
+        for row in read_rows(file, columns):
+            where = f"{shown} line {row.line}"
+            picture = _inside(parent, row.name)
+            if picture is None:
+                rejected.append(Rejection(where, f"{row.name} is not inside the folder", "no picture"))
+                continue
+            if picture not in pictures and not _is_file(folder / picture):
+                picture = below.get(picture, picture)
+            if picture in taken:
+                reason = f"{picture} already has a caption from {taken[picture]}"
+                rejected.append(Rejection(where, reason, "duplicate id"))
+            elif picture not in pictures and not _is_file(folder / picture):
+                rejected.append(Rejection(where, f"there is no file {picture}", "no picture"))
+            else:
+                taken[picture] = where
+                _take(folder, picture, row, found, rejected)
+    for name in sorted(pictures - taken.keys()):
+        if caption_file is None:
+            _take_text(folder, name, found, rejected)
+        else:
+            _take(folder, name, Row(name, (), 0, {}), found, rejected)
+    return [found[name] for name in sorted(found)], rejected
+
+
+def _walk(folder: Path) -> tuple[set[str], list[Path]]:
+    """Names of the pictures, and the caption files in order."""
     pictures: set[str] = set()
-    caption_files: list[str] = []
+    caption_files: list[Path] = []
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for file in sorted(name for name in files if not name.startswith(".")):
-            name = (Path(root) / file).relative_to(folder).as_posix()
             lower = Path(file.lower())
             if lower.suffix in SUFFIXES:
-                pictures.add(name)
+                pictures.add((Path(root) / file).relative_to(folder).as_posix())
             elif lower.stem in CAPTION_STEMS and lower.suffix in READERS:
-                caption_files.append(name)
-    found: dict[str, str] = {}  # picture -> caption
-    rejected: list[Rejection] = []
-    taken: dict[str, str] = {}  # picture -> the row that names it
-    for file in caption_files:
-        for row in read_rows(folder / file):
-            where = f"{file} line {row.line}"
-            picture = _inside(PurePosixPath(file).parent, row.name)
-            if picture is None:
-                rejected.append(Rejection(where, f"{row.name} is not inside the folder"))
-            elif picture in taken:
-                rejected.append(Rejection(where, f"{picture} already has a caption from {taken[picture]}"))
-            elif picture not in pictures and not _is_file(folder / picture):
-                rejected.append(Rejection(where, f"there is no file {picture}"))
-            else:
-                taken[picture] = where
-                _take(picture, row.caption, found, rejected)
-    for name in sorted(pictures - taken.keys()):
-        text = (folder / name).with_suffix(".txt")
-        try:
-            caption = text.read_text(encoding="utf-8-sig") if text.is_file() else None
-        except (OSError, UnicodeDecodeError) as error:
-            rejected.append(Rejection(name, f"cannot read {text.name} as UTF-8 text: {error}"))
-            continue
-        _take(name, caption, found, rejected)
-    return [_Item(name, folder / name, found[name]) for name in sorted(found)], rejected
+                caption_files.append(Path(root) / file)
+    return pictures, caption_files
 
 
-def _take(name: str, caption: str | None, found: dict[str, str], rejected: list[Rejection]) -> None:
-    # JSON may carry halves of surrogate pairs, which no tokenizer takes.
-    words = " ".join((caption or "").encode("utf-8", "replace").decode().split())
-    if words:
-        found[name] = words
+def _take_text(folder: Path, name: str, found: dict[str, Item], rejected: list[Rejection]) -> None:
+    text = (folder / name).with_suffix(".txt")
+    try:
+        captions = (text.read_text(encoding="utf-8-sig"),) if text.is_file() else ()
+    except (OSError, UnicodeDecodeError) as error:
+        rejected.append(Rejection(name, f"cannot read {text.name} as UTF-8 text: {error}", NO_CAPTION))
+        return
+    _take(folder, name, Row(name, captions, 0, {}), found, rejected)
+
+
+def _take(folder: Path, name: str, row: Row, found: dict[str, Item], rejected: list[Rejection]) -> None:
+    captions = tuple(words for words in map(plain, row.captions) if words)
+    if captions:
+        found[name] = Item(name, folder / name, captions, row.numbers)
     else:
-        rejected.append(Rejection(name, "no caption" if caption is None else "empty caption"))
+        rejected.append(Rejection(name, "empty caption" if row.captions else "no caption", NO_CAPTION))
 
 
 def _inside(parent: PurePosixPath, name: str) -> str | None:

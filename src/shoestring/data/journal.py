@@ -6,10 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from shoestring.runtime import UserError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def work_folder(uri: str, job: str) -> Path:
@@ -39,7 +43,8 @@ class Journal:
             settings: everything that decides what the job makes (plain JSON values).
 
         Raises:
-            UserError: if the job was begun with other settings; the sentence names one.
+            UserError: if the job was begun with other settings (the sentence names one), or another process
+                is at it.
         """
         self.path = folder / "journal.jsonl"
         self.entries: list[dict[str, Any]] = []
@@ -50,6 +55,7 @@ class Journal:
             raise UserError(
                 f"cannot write to {folder} ({error.strerror}); choose a folder that can be written"
             ) from error
+        self._lock(folder)
         self._file.seek(0)
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]
@@ -61,12 +67,28 @@ class Journal:
             return
         for key in sorted(lines[0].keys() | settings.keys()):
             if lines[0].get(key) != settings.get(key):
+                self.close()
                 raise UserError(
                     f"{folder.parent.parent} was begun with {key}={lines[0].get(key)!r}, now it is "
                     f"{settings.get(key)!r}; give the settings of the beginning, or choose another --out "
                     f"(or delete {folder} to begin again)"
                 )
         self.entries = lines[1:]
+
+    def _lock(self, folder: Path) -> None:
+        """Two processes at one job would remove each other's files at the end; the lock dies with its owner."""
+        if sys.platform == "win32":
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise UserError(
+                f"{folder.parent.parent} is being worked on by another process, which holds {self.path}; wait "
+                "until it has ended, or end it"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
 
     def _write(self, values: dict[str, Any]) -> None:
         try:

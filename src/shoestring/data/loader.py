@@ -1,39 +1,98 @@
-"""Encoded data in memory, and the order in which training sees it.
+"""What training asks of its data, and the small kind of it: encoded data in memory.
 
-The place in the data is one integer, the images seen so far (nimg): epoch ``nimg // n``, place
-``nimg % n`` in that epoch's own permutation. Batch size, ranks and restarts do not change the order.
+The large kind is :class:`shoestring.data.store_rows.StoreData`; both follow the order of
+:mod:`shoestring.data.order`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from shoestring.data.order import Order, StoreRows, batch_number, scatter_bits
 from shoestring.data.records import CaptionedImages
 from shoestring.interfaces import ImageCodec, TextEncoder
-from shoestring.runtime import stream
-from shoestring.tensors import Bool, Float, Int
+from shoestring.runtime import stream, stream_seed
+from shoestring.tensors import Bool, Float, Int, UInt8
 
 Progress = Callable[[int, int], object]
 """Called with (done, total), in pictures and captions together."""
+ALL = "all"
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one training step sees."""
 
-    moments_BMhw: Float[Tensor, "B M h w"]
+    moments_BMhw: Float[Tensor, "B M h w"] | UInt8[Tensor, "B M h w"]
+    """As stored; the codec makes latents of them."""
     text_BSD: Float[Tensor, "B S D"] | None
     """``None`` where captions were not encoded."""
     text_mask_BS: Bool[Tensor, "B S"] | None
-    caption_B: Int[Tensor, " B"]
-    """Which of the distinct captions."""
-    index_B: Int[Tensor, " B"]
-    """Rows of the data set."""
+    class_B: Int[Tensor, " B"] | None = None
+    """Number of the caption among all by the alphabet; -1 where there is none; ``None`` = not known."""
+
+    def __len__(self) -> int:
+        return len(self.moments_BMhw)
+
+
+class TrainingData(Protocol):
+    """What training asks of its data."""
+
+    @property
+    def codec(self) -> ImageCodec:
+        """Makes latents of the moments."""
+        ...
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Distinct captions: all of them where they are classes, else perhaps only the first."""
+        ...
+
+    @property
+    def longest_caption(self) -> int:
+        """Most tokens of a caption; 0 where captions were not encoded."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, first_nimg: int, nimg: int, count: int) -> Batch:
+        """A batch of a stage.
+
+        Args:
+            first_nimg: images of the run before the stage.
+            nimg: images of the run before this batch.
+            count: batch size of the stage.
+
+        Returns:
+            The batch: a function of these numbers, the data and the seed alone.
+        """
+        ...
+
+    def some(self, count: int) -> Batch:
+        """The first rows as they are, for validation; fewer than ``count`` if there are fewer."""
+        ...
+
+    def sigma_data(self) -> float:
+        """Standard deviation of the latents."""
+        ...
+
+    def close(self) -> None:
+        """Stop whatever works ahead."""
+        ...
+
+
+def is_mirrored(
+    seed: int, sample_B: np.ndarray[Any, np.dtype[np.int64]]
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which samples of a run are mirrored: half of them, by their numbers."""
+    return scatter_bits(sample_B, stream_seed(seed, "mirror")) >> np.uint64(63) == 1
 
 
 @dataclass(frozen=True)
@@ -41,8 +100,10 @@ class PreparedData:
     """Moments of all pictures and the embeddings of their distinct captions."""
 
     codec: ImageCodec
-    moments_NMhw: Float[Tensor, "N M h w"]
-    mirrored_NMhw: Float[Tensor, "N M h w"] | None
+    seed: int
+    """Of the order."""
+    moments_NMhw: Tensor
+    mirrored_NMhw: Tensor | None
     """Moments of the mirrored pictures; ``None`` = pictures are never mirrored."""
     captions: tuple[str, ...]
     """Distinct captions, in the order of the embeddings."""
@@ -54,32 +115,39 @@ class PreparedData:
     def __len__(self) -> int:
         return len(self.moments_NMhw)
 
+    @cached_property
+    def longest_caption(self) -> int:
+        """Most tokens of a caption."""
+        return 0 if self.text_mask_US is None else int(self.text_mask_US.sum(1).max())
+
+    @cached_property
+    def _classes(self) -> Int[Tensor, " U"]:
+        rank = {caption: i for i, caption in enumerate(sorted(self.captions))}
+        return torch.tensor([rank[caption] for caption in self.captions])
+
     def rows(self, index_B: Int[Tensor, " B"], mirror_B: Bool[Tensor, " B"] | None = None) -> Batch:
-        """The given rows in float32, some of them mirrored."""
+        """The given rows, some of them mirrored."""
         moments = self.moments_NMhw[index_B]
         if mirror_B is not None and self.mirrored_NMhw is not None:
             moments = torch.where(mirror_B[:, None, None, None], self.mirrored_NMhw[index_B], moments)
         caption_B = self.caption_N[index_B]
         text_BSD = None if self.text_USD is None else self.text_USD[caption_B].float()
         mask_BS = None if self.text_mask_US is None else self.text_mask_US[caption_B]
-        return Batch(moments.float(), text_BSD, mask_BS, caption_B, index_B)
+        return Batch(moments, text_BSD, mask_BS, self._classes[caption_B])
 
-    def batch(self, seed: int, first_nimg: int, count: int) -> Batch:
-        """The samples number ``first_nimg`` to ``first_nimg + count - 1`` of a run.
+    def batch(self, first_nimg: int, nimg: int, count: int) -> Batch:
+        """See :meth:`TrainingData.batch`; the batch may reach into the next epoch."""
+        order = Order([StoreRows("memory", {ALL: len(self)})], self.seed, count)
+        slots = order.batch(batch_number(first_nimg, nimg, count))
+        mirror_B = torch.from_numpy(is_mirrored(self.seed, slots.sample_B))
+        return self.rows(torch.from_numpy(slots.row_B), mirror_B)
 
-        Args:
-            seed: the run's seed.
-            first_nimg: images seen before this batch.
-            count: images of the batch; it may reach into following epochs.
+    def some(self, count: int) -> Batch:
+        """See :meth:`TrainingData.some`."""
+        return self.rows(torch.arange(min(count, len(self))))
 
-        Returns:
-            The batch; the same sample whichever batch it falls in.
-        """
-        places = range(first_nimg, first_nimg + count)
-        index_B = torch.tensor([sample_index(seed, nimg, len(self)) for nimg in places])
-        if self.mirrored_NMhw is None:
-            return self.rows(index_B)
-        return self.rows(index_B, torch.tensor([_is_mirrored(seed, nimg, len(self)) for nimg in places]))
+    def close(self) -> None:
+        """Nothing works ahead."""
 
     def sigma_data(self) -> float:
         """Standard deviation of the latents, over all pictures, channels and places (in float64).
@@ -91,39 +159,11 @@ class PreparedData:
         for moments in self.moments_NMhw.split(256):
             shape = (len(moments), self.codec.channels, *moments.shape[2:])
             noise = torch.randn(shape, generator=generator)
-            latents = self.codec.latents(moments.float(), noise).double()
+            latents = self.codec.latents(moments, noise).double()
             count += latents.numel()
             total += latents.sum().item()
             squares += latents.square().sum().item()
         return float((squares / count - (total / count) ** 2) ** 0.5)
-
-
-@lru_cache(maxsize=8)
-def _epoch_order(seed: int, epoch: int, n: int) -> tuple[int, ...]:
-    return tuple(torch.randperm(n, generator=stream(seed, "order", epoch)).tolist())
-
-
-@lru_cache(maxsize=8)
-def _epoch_mirrors(seed: int, epoch: int, n: int) -> tuple[bool, ...]:
-    return tuple((torch.rand(n, generator=stream(seed, "mirror", epoch)) < 0.5).tolist())
-
-
-def sample_index(seed: int, nimg: int, n: int) -> int:
-    """The row that a run sees after ``nimg`` images.
-
-    Args:
-        seed: the run's seed.
-        nimg: images seen before.
-        n: rows of the data set.
-
-    Returns:
-        A row; each one once an epoch, in an order that differs by epoch and seed.
-    """
-    return _epoch_order(seed, nimg // n, n)[nimg % n]
-
-
-def _is_mirrored(seed: int, nimg: int, n: int) -> bool:
-    return _epoch_mirrors(seed, nimg // n, n)[nimg % n]
 
 
 @torch.no_grad()
@@ -131,6 +171,7 @@ def prepare(
     images: CaptionedImages,
     codec: ImageCodec,
     encoder: TextEncoder | None,
+    seed: int = 0,
     batch: int = 64,
     flip: bool = False,
     progress: Progress | None = None,
@@ -139,8 +180,9 @@ def prepare(
 
     Args:
         images: at least one picture.
-        codec: pictures to moments. They are stored as float32, or as float16 if the codec compresses.
+        codec: pictures to moments, which are stored as its ``moment_dtype``.
         encoder: captions to embeddings, stored once each as float16; ``None`` = not wanted (classes).
+        seed: of the order.
         batch: pictures or captions encoded at a time.
         flip: encode the mirrored pictures too, and mirror half of the samples (``data.flip``).
         progress: called after each of those batches.
@@ -164,7 +206,7 @@ def prepare(
         chunks = []
         for pixels in images.images.split(batch):
             moments = codec.encode(pixels.flip(-1) if mirror else pixels)
-            chunks.append(moments.to("cpu", torch.float32 if codec.downsampling == 1 else torch.float16))
+            chunks.append(moments.to("cpu", codec.moment_dtype))
             advance(len(pixels))
         return torch.cat(chunks)
 
@@ -177,6 +219,7 @@ def prepare(
         advance(len(text_BSD))
     return PreparedData(
         codec=codec,
+        seed=seed,
         moments_NMhw=encode(mirror=False),
         mirrored_NMhw=encode(mirror=True) if flip else None,
         captions=captions,

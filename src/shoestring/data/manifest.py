@@ -36,7 +36,7 @@ class LatentsColumn(_Frozen):
     mirrored: bool = False
     """Whether ``mirror_NAME`` holds the moments of the mirrored pictures."""
     sampled: bool = False
-    """Imported draws instead of moments: the posterior cannot be sampled anew."""
+    """Imported draws, already model latents, instead of moments: there is no posterior to sample."""
     mean: tuple[float, ...]
     """Of the model latents, a channel."""
     std: tuple[float, ...]
@@ -91,6 +91,8 @@ class FeatureColumn(_Frozen):
 
     name: str
     extractor: Identity
+    resolution: int
+    """Side of the square that the teacher saw, in pixels."""
     width: int
 
     @property

@@ -18,6 +18,20 @@ class Rejection:
 
     item: str
     reason: str
+    kind: str = "left out"
+    """The reason in two or three words, to count by."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a reader finds it: not decoded, captions as they are."""
+
+    id: str
+    data: bytes
+    """The file."""
+    captions: tuple[str, ...]
+    columns: dict[str, float]
+    """Numbers to filter by; a value that is missing or no number is left out."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ Four Lance tables in one folder or below one URL:
 ``texts``      every distinct caption once: ``text`` and its embeddings
 ``checksums``  of every data file
 ``manifest``   one row; its version is the version of the store and names those of the other tables
+
+Beside them lie the seals (:mod:`shoestring.data.seals`), checksums of the files that are Lance's own.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from shoestring.data.manifest import (
     Manifest,
     TextColumn,
 )
+from shoestring.data.seals import PINS, remove_seals, seal_pins, seal_version, seals
 from shoestring.data.tables import (
     FileSum,
     child,
@@ -35,6 +38,8 @@ from shoestring.data.tables import (
     commit_append,
     commit_new,
     open_table,
+    reading,
+    rewind,
     table_exists,
     write_piece,
 )
@@ -47,6 +52,7 @@ CHECKSUMS = pa.schema(
 RECORDS = [("id", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
 CAPTIONS = pa.list_(pa.int32())
 TABLES = ("records", "texts", "checksums")
+_NEWEST = "newest-while-cleaning"
 
 
 class Store:
@@ -64,19 +70,11 @@ class Store:
         """
         self.uri = uri
         if not table_exists(child(uri, "manifest")):
-            half = [name for name in TABLES if table_exists(child(uri, name))]
-            if half:
-                raise UserError(
-                    f"{uri} holds the tables {', '.join(half)} of a store but no manifest: it is incomplete; "
-                    "give the command that began it again, or put the folder back from a copy"
-                )
-            raise UserError(
-                f"{uri} is not a store; make one with: shoestring data ingest PICTURES --out RAW, then "
-                "shoestring data prepare RAW --out STORE"
-            )
+            raise no_store(uri)
         table = open_table(child(uri, "manifest"), version)
         self.version: int = table.version
-        text = table.to_table()["json"][0].as_py()
+        with reading(f"{uri}: its manifest"):
+            text = table.to_table()["json"][0].as_py()
         try:
             self.manifest = Manifest.model_validate_json(text)
         except ValidationError as error:
@@ -172,6 +170,8 @@ class Store:
         Args:
             name: of the pin (letters, digits, dots, dashes); pinning again under the same name moves it.
         """
+        if str(self.version) not in seals(self.uri):  # its writer was killed at the very end
+            seal_version(self.uri, self.version, self.manifest.tables)
         for table in (
             self.records,
             self.texts,
@@ -182,6 +182,19 @@ class Store:
                 table.tags.update(name, table.version)
             else:
                 table.tags.create(name, table.version)
+        seal_pins(self.uri)
+
+    def unpin(self, name: str) -> None:
+        """Give a pin up; see :meth:`pin`.
+
+        Args:
+            name: of the pin.
+        """
+        for table in (*TABLES, "manifest"):
+            tags = open_table(child(self.uri, table)).tags
+            if name in tags.list():
+                tags.delete(name)
+        seal_pins(self.uri)
 
     def clean(self) -> int:
         """Remove versions that are neither pinned nor the newest; only while nobody writes.
@@ -189,7 +202,29 @@ class Store:
         Returns:
             Bytes freed.
         """
-        return sum(clean(child(self.uri, name)) for name in (*TABLES, "manifest"))
+        newest = Store(self.uri)
+        # A table may have a newer version than the manifest names, of a job that did not end: without this
+        # pin its older one, which is the store's, would be removed.
+        newest.pin(_NEWEST)
+        kept = {info["version"] for info in open_table(child(self.uri, "manifest")).tags.list().values()}
+        remove_seals(self.uri, (name for name in seals(self.uri) if name != PINS and int(name) not in kept))
+        freed = sum(clean(child(self.uri, name)) for name in (*TABLES, "manifest"))
+        newest.unpin(_NEWEST)
+        return freed
+
+
+def no_store(uri: str) -> UserError:
+    """The sentence for a place without the manifest of a store."""
+    half = [name for name in TABLES if table_exists(child(uri, name))]
+    if half:
+        return UserError(
+            f"{uri} holds the tables {', '.join(half)} of a store but no manifest: it is incomplete; "
+            "give the command that began it again, or put the folder back from a copy"
+        )
+    return UserError(
+        f"{uri} is not a store; make one with: shoestring data ingest PICTURES --out RAW, then "
+        "shoestring data prepare RAW --out STORE"
+    )
 
 
 def _named(uri: str, kind: str, columns: Iterable[Any], name: str, advice: str) -> Any:
@@ -213,7 +248,9 @@ def save_manifest(uri: str, manifest: Manifest) -> Store:
     rows = pa.table({"json": [manifest.model_dump_json(indent=1)]}, schema=MANIFEST)
     table = child(uri, "manifest")
     commit_new(table, MANIFEST, [write_piece(table, rows)])
-    return Store(uri)
+    store = Store(uri)
+    seal_version(uri, store.version, store.manifest.tables)
+    return store
 
 
 def save_checksums(uri: str, sums: Sequence[tuple[str, FileSum]], before: int | None = None) -> int:
@@ -239,4 +276,4 @@ def save_checksums(uri: str, sums: Sequence[tuple[str, FileSum]], before: int | 
     pieces = [write_piece(table, pa.table(columns, schema=CHECKSUMS))] if sums else []
     if before is None:
         return int(commit_new(table, CHECKSUMS, pieces).version)
-    return int(commit_append(open_table(table, before), pieces).version)
+    return int(commit_append(rewind(table, before), pieces).version)

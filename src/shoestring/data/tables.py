@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -138,14 +139,48 @@ def open_table(uri: str, version: int | None = None) -> lance.LanceDataset:
     Raises:
         UserError: if it is missing or damaged.
     """
-    try:
+    with reading(uri if version is None else f"{uri} at version {version}", "opened"):
         return lance.dataset(uri, version=version)
-    except (ValueError, OSError, RuntimeError) as error:
+
+
+@contextmanager
+def reading(what: str, done: str = "read") -> Iterator[None]:
+    """Say in a sentence what Lance does on damaged files; some make it panic, which is no Exception."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, (ValueError, OSError, RuntimeError, LookupError)) and not _panic(error):
+            raise
         reason = str(error).strip().split("\n")[0].split(", /")[0][:300]
-        which = "" if version is None else f" at version {version}"
         raise UserError(
-            f"{uri}{which} cannot be opened ({reason}); put it back from a copy, or make the store anew"
+            f"{what} cannot be {done} ({reason}); put it back from a copy, or make the store anew"
         ) from error
+
+
+def _panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
+
+
+def rewind(uri: str, version: int) -> lance.LanceDataset:
+    """Open a table to write on from a version: what was committed after it is undone.
+
+    A store's manifest is committed last. A job that was killed before left versions of the tables that
+    no manifest names; to commit upon them would double their rows.
+
+    Args:
+        uri: the table.
+        version: that the manifest names.
+
+    Returns:
+        The table, at its newest version, with the contents of that one.
+    """
+    table = open_table(uri, version)
+    if table.latest_version != version:
+        table.restore()
+        table = open_table(uri)
+    return table
 
 
 def _piece(uri: str, metadata: FragmentMetadata, known: set[str]) -> Piece:
@@ -190,12 +225,28 @@ def widen_piece(table: lance.LanceDataset, fragment: int, columns: pa.Table) -> 
         UserError: if the disk is full or the folder cannot be written.
     """
     old = table.get_fragment(fragment)
+    assert old is not None
     known = {f"data/{file.path}" for file in old.metadata.files}
     try:
         metadata, schema = old.merge_columns(columns.to_reader())
         return _piece(table.uri, metadata, known), schema
     except OSError as error:
         raise cannot_write(table.uri, error) from error
+
+
+def widened_schema(table: lance.LanceDataset, columns: pa.Schema) -> Any:
+    """The schema that :func:`widen_piece` would give for columns, for those who resume a job.
+
+    Args:
+        table: the version that the pieces were widened from.
+        columns: new columns.
+
+    Returns:
+        For :func:`commit_columns`.
+    """
+    fragment = table.get_fragments()[0]
+    nothing = pa.table([pa.nulls(fragment.physical_rows, field.type) for field in columns], schema=columns)
+    return widen_piece(table, fragment.fragment_id, nothing)[1]
 
 
 def cannot_write(uri: str, error: OSError) -> UserError:
@@ -269,5 +320,20 @@ def clean(uri: str) -> int:
     """
     stats = open_table(uri).cleanup_old_versions(
         older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False
+    )
+    return int(stats.bytes_removed)
+
+
+def sweep(uri: str) -> int:
+    """Remove files that are part of no version, left by jobs that were killed; only while nobody writes.
+
+    Args:
+        uri: the table; all its versions stay.
+
+    Returns:
+        Bytes freed.
+    """
+    stats = open_table(uri).cleanup_old_versions(
+        older_than=timedelta(days=36500), delete_unverified=True, error_if_tagged_old_versions=False
     )
     return int(stats.bytes_removed)

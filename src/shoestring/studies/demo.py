@@ -25,7 +25,8 @@ from shoestring import __version__
 from shoestring.config import RunConfig, load_yaml, to_yaml
 from shoestring.data.oracle import satisfies
 from shoestring.data.shapes import single_shape_prompts
-from shoestring.data.sources import Splits, load
+from shoestring.data.sources import Splits
+from shoestring.encoders.image import build_codec
 from shoestring.evaluation.distances import frechet_distance, kernel_distance, wilson_interval
 from shoestring.evaluation.features import EfficientNetLite0Features
 from shoestring.evaluation.retrieval import near_copy_mask, retrieval_of_folder
@@ -46,6 +47,7 @@ from shoestring.studies.report import ReportData, write_report
 from shoestring.training.checkpoint import checkpoint_folders
 from shoestring.training.display import read_log
 from shoestring.training.loop import train
+from shoestring.training.stage_data import real_pictures
 
 SEEDS = (1, 2)
 """The two fixed seeds of the retrieval measure."""
@@ -242,7 +244,7 @@ def run_demo(config: RunConfig, folder: Path, console: Console) -> bool:
     device = pick_device(config.device)
     checkpoint = checkpoint_folders(folder)[-1]
     pipeline = load_pipeline(checkpoint, device)
-    splits = load(config.data, config.stages[-1].resolution)
+    splits = real_pictures(config, config.stages[-1], pipeline.codec, folder)
     captions = tuple(dict.fromkeys(splits.train.captions))[:MEASURED_CAPTIONS]
     log = read_log(folder)
     metrics: dict[str, float] = {
@@ -373,7 +375,8 @@ def recompute_retrieval(run: Path, samples: Path) -> dict[str, float]:
         UserError: if there is no run or no picture.
     """
     config = load_yaml(run / "config.yaml")
-    trained = load(config.data, config.stages[-1].resolution).train
+    codec = build_codec(config.data)
+    trained = real_pictures(config, config.stages[-1], codec, run).train
     return retrieval_of_folder(
         samples, trained.images, trained.captions, EfficientNetLite0Features()
     ).metrics()

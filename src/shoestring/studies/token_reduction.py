@@ -200,7 +200,8 @@ class Study:
         held = self.splits(config).held_out
         images = held.images[: self.preset.validation_images]
         moments = pipeline.codec.encode(images)
-        x0 = pipeline.codec.latents(moments, torch.zeros_like(moments))
+        noise = torch.zeros(len(moments), pipeline.codec.channels, *moments.shape[2:])
+        x0 = pipeline.codec.latents(moments, noise)
         texts = [c if pipeline.classes else "" for c in held.captions[: len(images)]]
         return validation_loss(pipeline.process, pipeline.denoiser, x0, pipeline.encode(texts))
 

@@ -131,6 +131,7 @@ class Run:
                 )
         finally:
             self.log.close()
+            self.data.close()
             self.learner.workers.close()
         return not self.stopped
 
@@ -154,6 +155,7 @@ class Run:
         stage = here.stage
         self.learner.model.position_scale = stage.position_scale
         if stage.resolution != self.data.resolution:
+            self.data.close()
             self.data = self._load_data(stage)
         if here.done_nimg == 0 and not stage.keep_optimizer:
             self.learner.optimizers = Optimizers(
@@ -166,7 +168,7 @@ class Run:
         try:
             loss, norm = train_step(
                 self.learner,
-                self.data.batch(stage, self.counters.nimg),
+                self.data.batch(stage, self.counters.nimg - done, self.counters.nimg),
                 stage,
                 lr,
                 ratio,
@@ -193,8 +195,8 @@ class Run:
         shape, model = self.data.latent_shape, self.config.model
         grid = (shape[1] // model.patch_size, shape[2] // model.patch_size)
         captions = self.config.data.max_tokens
-        if model.mask_captions and self.data.train.text_mask_US is not None:
-            captions = int(self.data.train.text_mask_US.sum(1).max())
+        if model.mask_captions:
+            captions = self.data.train.longest_caption or captions
         per_image = model_flops(model, grid, captions, ratio, self.config.tokens).training
         flops = per_image * self._rate.images_per_s
         self.counters.elapsed_s = self._rate.elapsed_s
@@ -243,20 +245,15 @@ class Run:
         save_checkpoint(self.folder, self.learner, self.counters, self.config, facts)
 
     def _validate(self, here: Position) -> None:
-        data = self.data.held_out if self.data.held_out is not None else self.data.train
-        rows = data.rows(torch.arange(min(len(data), self.config.logging.validation_images)))
-        x0 = self.codec.latents(rows.moments_BMhw, torch.zeros(len(rows.index_B), *self.data.latent_shape))
-        captions = self.data.conditioning(data, rows)
+        x0, conditioning, held_out = self.data.held_out_batch(self.config.logging.validation_images)
         with self.learner.ema.applied():
-            losses = validation_loss(
-                self.learner.process, self.learner.denoiser, x0.to(self.device), captions
-            )
+            losses = validation_loss(self.learner.process, self.learner.denoiser, x0, conditioning)
         self.log.write(
             "validation",
             {
                 "nimg": self.counters.nimg,
                 "stage": here.stage.name,
-                "held_out": self.data.held_out is not None,
+                "held_out": held_out,
                 "loss": sum(losses.values()) / len(losses),
                 "loss_per_level": {f"{ratio:g}": loss for ratio, loss in losses.items()},
             },

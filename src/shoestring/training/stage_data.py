@@ -9,17 +9,23 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from shoestring.config import RunConfig, StageConfig
-from shoestring.data.loader import Batch, PreparedData, prepare
+from shoestring.config import RunConfig, StageConfig, StoreConfig
+from shoestring.data.loader import Batch, TrainingData, prepare
 from shoestring.data.sources import Splits, load
 from shoestring.interfaces import Conditioning, ImageCodec, TextEncoder
 from shoestring.models.routing import build_method, method_class
 from shoestring.planning import patch_grid
-from shoestring.runtime import UserError, say, write_text
+from shoestring.runtime import UserError, say
 from shoestring.sampling.guidance import check_guidance
 from shoestring.training.folder import remember
 from shoestring.training.step import Draws, TrainingBatch
+from shoestring.training.stores import open_stores, own_store
+
+STORED = ("store", "folder")
+"""Sources that training reads from a store."""
+SHOWN = 4096
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,8 @@ class StageData:
     """Encoded data at one resolution."""
 
     config: RunConfig
-    train: PreparedData
-    held_out: PreparedData | None
+    train: TrainingData
+    held_out: TrainingData | None
     classes: tuple[str, ...]
     """Names of the classes by number, for class-conditional models."""
     resolution: int
@@ -41,11 +47,20 @@ class StageData:
         side = self.resolution // codec.downsampling
         return codec.channels, side, side
 
-    def batch(self, stage: StageConfig, nimg: int) -> TrainingBatch:
-        """The batch of a stage after ``nimg`` images of the run, with all its random numbers."""
+    def batch(self, stage: StageConfig, first_nimg: int, nimg: int) -> TrainingBatch:
+        """A batch of a stage, with all its random numbers.
+
+        Args:
+            stage: which.
+            first_nimg: images of the run before the stage.
+            nimg: images of the run before this batch.
+
+        Returns:
+            The batch, on the device.
+        """
         config, device = self.config, self.device
-        rows = self.train.batch(config.seed, nimg, stage.batch)
-        shape = self.latent_shape
+        rows = self.train.batch(first_nimg, nimg, stage.batch)
+        shape = (self.train.codec.channels, *rows.moments_BMhw.shape[2:])
         patches = shape[1] * shape[2] // config.model.patch_size**2
         draws = Draws.make(config.seed, "train", nimg, stage.batch, shape, patches)
         dropped_B = (draws.drop_B < config.data.caption_drop).to(device)
@@ -54,32 +69,56 @@ class StageData:
             path_dropped_B = (draws.path_B < config.tokens.path_drop).to(device)
         return TrainingBatch(
             x0=self.train.codec.latents(rows.moments_BMhw, draws.posterior).to(device),
-            conditioning=self.conditioning(self.train, rows).drop(dropped_B),
+            conditioning=self.conditioning(rows).drop(dropped_B),
             noise=draws.noise.to(device),
             level_B=draws.level_B.to(device),
             mask_BL=draws.mask_BL.to(device),
             path_dropped_B=path_dropped_B,
         )
 
-    def conditioning(self, data: PreparedData, rows: Batch) -> Conditioning:
+    def close(self) -> None:
+        """Stop whatever works ahead."""
+        self.train.close()
+
+    def held_out_batch(self, count: int) -> tuple[Tensor, Conditioning, bool]:
+        """Some pictures for validation.
+
+        Args:
+            count: at most so many.
+
+        Returns:
+            Latents (the means of their posteriors) and conditions on the device, and whether the pictures
+            are held out; if nothing is, they are training pictures.
+        """
+        data = self.held_out if self.held_out is not None else self.train
+        rows = data.some(count)
+        shape = (len(rows), data.codec.channels, *rows.moments_BMhw.shape[2:])
+        x0 = data.codec.latents(rows.moments_BMhw, torch.zeros(shape))
+        return x0.to(self.device), self.conditioning(rows), self.held_out is not None
+
+    def conditioning(self, rows: Batch) -> Conditioning:
         """The condition of some rows on the device, captions cut to the longest where padding is unseen.
 
         Args:
-            data: that the rows are of, training or held out.
-            rows: as :meth:`PreparedData.rows` gives them.
+            rows: of the training or the held-out data.
 
         Returns:
             One condition a row.
         """
-        if self.config.model.condition == "none":
-            return Conditioning.nothing(len(rows.caption_B), self.device)
-        if self.config.model.condition == "class":
-            number_U = torch.tensor([self.classes.index(name) for name in data.captions])
-            return Conditioning(class_B=number_U[rows.caption_B].to(self.device))
+        model = self.config.model
+        if model.condition == "none":
+            return Conditioning.nothing(len(rows), self.device)
+        if model.condition == "class":
+            assert rows.class_B is not None
+            return Conditioning(class_B=rows.class_B.to(self.device))
         text_BSD, mask_BS = rows.text_BSD, rows.text_mask_BS
         assert text_BSD is not None
         assert mask_BS is not None
-        if self.config.model.mask_captions and not self.config.compile:  # compiled once for each length
+        if self.config.compile:  # one length for all batches, or each would be compiled anew
+            missing = self.config.data.max_tokens - mask_BS.shape[1]
+            text_BSD = torch.nn.functional.pad(text_BSD, (0, 0, 0, missing))
+            mask_BS = torch.nn.functional.pad(mask_BS, (0, missing))
+        elif model.mask_captions:
             longest = int(mask_BS.sum(1).max())
             text_BSD, mask_BS = text_BSD[:, :longest], mask_BS[:, :longest]
         return Conditioning(text_BSD.to(self.device), mask_BS.to(self.device))
@@ -123,45 +162,84 @@ def load_stage(
     folder: Path,
     console: Console,
 ) -> StageData:
-    """Read and encode the pictures of a stage.
+    """Make the data of a stage ready: open its stores, or read and encode its pictures.
 
     Args:
         config: of the run.
-        stage: its resolution counts.
+        stage: its resolution and batch size count.
         codec: pixels to latents.
         text_encoder: captions to embeddings; ``None`` where captions are not read.
         device: where batches go.
-        folder: run folder, in which rejected pictures are listed.
+        folder: run folder; holds the store of a folder of pictures, and the list of rejected ones.
         console: where a person reads.
 
     Returns:
         The data.
 
     Raises:
-        UserError: if the pictures are not those that the run began with, or do not fit the model's classes.
+        UserError: if the data are not those that the run began with, or do not fit recipe or model.
     """
-    data = config.data
-    with console.status(f"Preparing {data.source} pictures at {stage.resolution} px"):
-        splits: Splits = load(data, stage.resolution)
-        train = prepare(splits.train, codec, text_encoder, flip=data.flip)
-        some = splits.held_out.select(range(min(len(splits.held_out), config.logging.validation_images)))
-        held_out = prepare(some, codec, text_encoder) if len(some) else None
-    rejected = splits.train.rejected
-    _check_same_data(config, splits, folder)
+    source = config.data.source
+    train: TrainingData
+    held_out: TrainingData | None
+    if source in STORED:
+        own = source == "folder"
+        places = [own_store(config, stage, codec, text_encoder, folder, console)] if own else []
+        train, held_out = open_stores(config, stage, codec, text_encoder, folder, console, places)
+        held = 0 if held_out is None else len(held_out)
+    else:
+        train, held_out, held = _in_memory(config, stage, codec, text_encoder, folder, console)
+    classes = _class_names(config, train, held_out)
     say(
         console,
-        f"{data.source}: {len(train):,} pictures with {len(train.captions):,} captions to train on, "
-        f"{len(splits.held_out):,} held out, {len(rejected):,} left out"
-        + (f" (listed in {folder / 'rejected.txt'})" if rejected else ""),
+        f"{source}: {len(train):,} pictures to train on, {held:,} held out"
+        + (f", {len(classes)} classes" if classes else ""),
     )
-    if rejected:
-        write_text(folder / "rejected.txt", "".join(f"{r.item}\t{r.reason}\n" for r in rejected))
-    classes = _class_names(config, train, held_out)
     return StageData(config, train, held_out, classes, stage.resolution, device)
 
 
-def _class_names(config: RunConfig, train: PreparedData, held_out: PreparedData | None) -> tuple[str, ...]:
-    """Names of the classes by number: the training captions in alphabetical order."""
+def real_pictures(config: RunConfig, stage: StageConfig, codec: ImageCodec, folder: Path) -> Splits:
+    """The pictures of a run as pixels, to look at and to compare with; of stores at most the first thousands.
+
+    Args:
+        config: of the run, which has begun.
+        stage: its resolution counts.
+        codec: of the run; pictures of stores are decoded by it.
+        folder: run folder.
+
+    Returns:
+        Training and held-out pictures.
+    """
+    if config.data.source not in STORED:
+        return load(config.data, stage.resolution)
+    quiet = Console(quiet=True)
+    places = [StoreConfig(path=str(folder / "store"))] if config.data.source == "folder" else []
+    train, held_out = open_stores(config, stage, codec, None, folder, quiet, places)
+    held = train.pictures(0) if held_out is None else held_out.pictures(SHOWN)
+    return Splits(train.pictures(SHOWN), held)
+
+
+def _in_memory(
+    config: RunConfig,
+    stage: StageConfig,
+    codec: ImageCodec,
+    text_encoder: TextEncoder | None,
+    folder: Path,
+    console: Console,
+) -> tuple[TrainingData, TrainingData | None, int]:
+    """Sources that are drawn or small: training data, some held-out data, and how many are held out."""
+    data = config.data
+    with console.status(f"Preparing {data.source} pictures at {stage.resolution} px"):
+        splits = load(data, stage.resolution)
+        _check_same_data(config, splits, folder)
+        train = prepare(splits.train, codec, text_encoder, config.seed, flip=data.flip)
+        some = splits.held_out.select(range(min(len(splits.held_out), config.logging.validation_images)))
+        held_out = prepare(some, codec, text_encoder) if len(some) else None
+    return train, held_out, len(splits.held_out)
+
+
+def _class_names(config: RunConfig, train: TrainingData, held_out: TrainingData | None) -> tuple[str, ...]:
+    """Names of the classes by number: the captions in alphabetical order."""
     if config.model.condition != "class":
         return ()
     names, count = tuple(sorted(train.captions)), config.model.classes

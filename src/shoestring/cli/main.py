@@ -1,15 +1,11 @@
-"""The command line: parse, call, print. Mistakes of the user end with one sentence and exit code 2."""
+"""The commands. Mistakes of the user end with one sentence and exit code 2."""
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
-
-# Before torch starts its threads: busy waiting collapses when anything else uses the machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 from rich.console import Console
@@ -242,7 +238,3 @@ def main() -> None:
         sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,265 @@
+"""Opens the stores of a run: at the versions it began with, made by the codec and encoder of its recipe."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from shoestring.config import RunConfig, StageConfig, StoreConfig
+from shoestring.data.buckets import bucket_shapes
+from shoestring.data.cache import BlockCache
+from shoestring.data.ingest import ingest, rejections
+from shoestring.data.manifest import LatentsColumn, TextColumn
+from shoestring.data.members import Member, choose_rows
+from shoestring.data.precompute import Job, LatentsJob, TextJob, prepare
+from shoestring.data.readers import open_reader
+from shoestring.data.store import Store
+from shoestring.data.store_rows import Mixing, StoreData, distinct_captions
+from shoestring.data.units import Makers
+from shoestring.interfaces import ImageCodec, TextEncoder
+from shoestring.runtime import UserError, say, write_text
+from shoestring.training.folder import remember
+
+REMOTE_WINDOW = 16
+"""Blocks shuffled together where each has to be fetched: 16,384 records."""
+
+
+def own_store(
+    config: RunConfig,
+    stage: StageConfig,
+    codec: ImageCodec,
+    text_encoder: TextEncoder | None,
+    folder: Path,
+    console: Console,
+) -> StoreConfig:
+    """The store of a folder of pictures, made in the run folder as far as it is not there.
+
+    Args:
+        config: of the run; ``data.path`` is the folder.
+        stage: its resolution is prepared.
+        codec: of the recipe.
+        text_encoder: of the recipe; ``None`` where captions are not encoded.
+        folder: run folder; ``pictures`` and ``store`` appear there, and the list of rejected pictures.
+        console: where a person reads.
+
+    Returns:
+        Where the store is.
+
+    Raises:
+        UserError: if there is no usable picture, or the folder is not what the run began with.
+    """
+    data = config.data
+    if data.path is None:
+        raise UserError("data.path is not set; data.source=folder needs the folder of your pictures")
+    reader = open_reader(f"folder:{data.path}")
+    listing = _listing(Path(data.path))
+    if remember(folder / "machine.json", "pictures", lambda: listing) != listing:
+        raise UserError(
+            f"the pictures or captions in {data.path} are not those that the run in {folder} began with; "
+            "put them back, or train anew in another folder (--out)"
+        )
+    with console.status(f"Reading the pictures in {data.path}"):
+        raw = ingest(reader, str(folder / "pictures"))
+    rejected = rejections(raw).to_pylist()
+    if rejected:
+        listed = "".join(f"{row['item']}\t{row['reason']}\n" for row in rejected)
+        write_text(folder / "rejected.txt", listed)
+        say(console, f"{len(rejected):,} left out (listed in {folder / 'rejected.txt'})")
+    shapes = bucket_shapes(stage.resolution, data.buckets, codec.downsampling * config.model.patch_size)
+    job = Job(
+        latents=(
+            LatentsJob(str(stage.resolution), stage.resolution, shapes, data.flip, min_bucket=stage.batch)
+            if data.buckets > 1
+            else LatentsJob(str(stage.resolution), stage.resolution, shapes, data.flip),
+        ),
+        text=() if text_encoder is None else (TextJob("text", _positions(config)),),
+    )
+    encoders = {} if text_encoder is None else {"text": lambda: text_encoder}
+    with console.status(f"Preparing {len(raw):,} pictures at {stage.resolution} px"):
+        prepare(raw, str(folder / "store"), job, Makers(lambda: codec, encoders))
+    return StoreConfig(path=str(folder / "store"))
+
+
+def _positions(config: RunConfig) -> Literal["true", "all"]:
+    """Which positions of captions the model looks at."""
+    return "true" if config.model.mask_captions else "all"
+
+
+def _listing(folder: Path) -> str:
+    """A hash of the names and sizes of all files below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    text = "".join(f"{path.relative_to(folder)} {path.stat().st_size}\n" for path in files)
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def open_stores(
+    config: RunConfig,
+    stage: StageConfig,
+    codec: ImageCodec,
+    text_encoder: TextEncoder | None,
+    folder: Path,
+    console: Console,
+    stores: Sequence[StoreConfig] = (),
+) -> tuple[StoreData, StoreData | None]:
+    """Training and held-out data of a stage.
+
+    Args:
+        config: of the run.
+        stage: its resolution and batch size count.
+        codec: of the recipe.
+        text_encoder: of the recipe; ``None`` where captions are not read.
+        folder: run folder; remembers the stores' versions, which are pinned.
+        console: where a person reads.
+        stores: which; those of the recipe by default.
+
+    Returns:
+        Both; the second is ``None`` if nothing is held out.
+
+    Raises:
+        UserError: if a store is missing, was made by another codec or encoder, has no such resolution or no
+            such captions, or cannot fill the batches of the stage.
+    """
+    data = config.data
+    stores = stores or data.stores or ([StoreConfig(path=data.path)] if data.path is not None else [])
+    if not stores:
+        raise UserError(
+            "data.path is not set; data.source=store needs the folder or URL of a store (or data.stores)"
+        )
+    if data.stores and data.path is not None:
+        raise UserError(f"data.path is {data.path!r} and data.stores is set too; leave one of them out")
+    trained, held = [], []
+    for place in stores:
+        store = _open(place, folder, console)
+        latents = _latents(store, stage, codec, config)
+        text = None if text_encoder is None else _text(store, text_encoder, config)
+        captions = tuple(store.captions(name) for name in data.captions)
+        cache = None
+        if "://" in store.uri:
+            cache = BlockCache(Path(data.cache or folder / "cache"), int(data.cache_gb * 1e9))
+        train_rows, held_rows = choose_rows(store, latents, captions, data.held_out, data.split)
+        trained.append(Member(store, latents, text, captions, train_rows, cache))
+        held.append(Member(store, latents, text, captions, held_rows, cache))
+    _check_equal(trained)
+    remote = any(member.cache is not None for member in trained)
+    mixing = Mixing(
+        seed=config.seed,
+        weights=tuple(place.weight for place in stores) if data.stores else (),
+        repeats=data.mix == "repeats",
+        window=data.window_blocks or (REMOTE_WINDOW if remote else None),
+        flip=data.flip,
+    )
+    classes = distinct_captions(trained) if config.model.condition == "class" else None
+    train = StoreData(tuple(trained), codec, mixing, classes)
+    train.order(stage.batch)  # says at once what does not fit
+    some = tuple(member for member in held if len(member))
+    return train, StoreData(some, codec, mixing, classes) if some else None
+
+
+def _open(place: StoreConfig, folder: Path, console: Console) -> Store:
+    key = f"store_version {place.path}"
+    version = remember(folder / "machine.json", key, lambda: Store(place.path).version)
+    store = Store(place.path, version)
+    digest = remember(folder / "machine.json", f"store_digest {place.path}", lambda: store.digest)
+    if digest != store.digest:
+        raise UserError(
+            f"{place.path} is not the store that the run in {folder} began with; put that one back, or "
+            f"train anew in "
+            "another folder (--out)"
+        )
+    pin = f"run-{hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()}"
+    try:
+        store.pin(pin)
+    except (OSError, ValueError, UserError) as error:
+        say(
+            console,
+            f"{place.path} cannot be written ({str(error).splitlines()[0]}), so its version {version} is not "
+            "kept from being cleaned away",
+        )
+    return store
+
+
+def _latents(store: Store, stage: StageConfig, codec: ImageCodec, config: RunConfig) -> LatentsColumn:
+    """The moments at the stage's resolution by the recipe's codec."""
+    columns = store.manifest.latents
+    fitting = [column for column in columns if column.resolution == stage.resolution]
+    if not fitting:
+        have = ", ".join(f"{c.resolution} px ({c.codec.name})" for c in columns) or "none"
+        raise UserError(
+            f"stage {stage.name!r} has resolution {stage.resolution}, but {store.uri} holds latents at "
+            f"{have}; set the "
+            "resolution to one of them, or add the column with: shoestring data prepare"
+        )
+    same = [column for column in fitting if column.codec.same(codec.identity)]
+    if not same:
+        raise UserError(
+            f"{store.uri} was made by the codec {fitting[0].codec}, but the recipe has {codec.identity}; set "
+            "data.codec and data.codec_path to the store's, or prepare the pictures anew"
+        )
+    column = same[-1]
+    if config.data.flip and not column.mirrored and column.downsampling > 1:
+        raise UserError(
+            f"data.flip is true, but {store.uri} holds no mirrored latents {column.name!r}; prepare with "
+            f"--flip, or "
+            "set data.flip=false"
+        )
+    for height, width in column.buckets:
+        unit = column.downsampling * config.model.patch_size
+        if height % unit or width % unit:
+            raise UserError(
+                f"{store.uri} holds pictures of {width} x {height}, whose sides are no multiples of {unit} "
+                f"(codec "
+                f"{column.downsampling} times model.patch_size {config.model.patch_size}); set "
+                f"model.patch_size to "
+                "a smaller one, or prepare with --multiple"
+            )
+    sigma = config.process.sigma_data
+    if sigma is not None and not 0.5 <= sigma / column.sigma <= 2:
+        raise UserError(
+            f"process.sigma_data is {sigma}, but the latents of {store.uri} were measured to have "
+            f"{column.sigma:.4g}; "
+            "set process.sigma_data=null to take the measured one"
+        )
+    return column
+
+
+def _text(store: Store, encoder: TextEncoder, config: RunConfig) -> TextColumn:
+    """The embeddings by the recipe's encoder."""
+    columns = store.manifest.text
+    same = [column for column in columns if column.encoder.same(encoder.identity)]
+    if not same:
+        have = ", ".join(str(column.encoder) for column in columns) or "no encoder"
+        raise UserError(
+            f"{store.uri} holds captions encoded by {have}, but the recipe has {encoder.identity}; set "
+            "data.text_encoder to the store's, or add the column with: shoestring data prepare"
+        )
+    attends_padding = not config.model.mask_captions
+    fitting = [column for column in same if column.positions == "all" or not attends_padding]
+    if not fitting:
+        raise UserError(
+            f"model.mask_captions is false, so padding is attended to, but {store.uri} holds captions at "
+            f"their true "
+            "length only; set model.mask_captions=true, or prepare with --positions all"
+        )
+    column = fitting[-1]
+    if column.max_tokens != encoder.max_tokens:
+        raise UserError(
+            f"data.max_tokens is {encoder.max_tokens}, but {store.uri} holds captions cut at "
+            f"{column.max_tokens} tokens; "
+            f"set data.max_tokens={column.max_tokens}"
+        )
+    return column
+
+
+def _check_equal(members: Sequence[Member]) -> None:
+    """One batch may hold rows of all stores."""
+    first = members[0]
+    for member in members[1:]:
+        if member.latents.buckets != first.latents.buckets:
+            raise UserError(
+                f"{first.store.uri} has the buckets {list(first.latents.buckets)}, {member.store.uri} has "
+                f"{list(member.latents.buckets)}; prepare the stores of a mixture with the same buckets"
+            )

@@ -1,0 +1,69 @@
+"""Precompute, killed at random moments: the result is that of an undisturbed run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from raw_stores import job_of_tests, make_raw, prepare_in_a_process
+from shoestring.data.precompute import prepare
+from shoestring.data.store import Store
+
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_as_an_undisturbed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make_raw(tmp_path / "raw", rows=200, unit_rows=8)
+    whole = prepare(raw, str(tmp_path / "whole"), *job_of_tests())
+    # A server that has imported everything and used nothing: its children start at once.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["torch", "shoestring.data.precompute", "raw_stores"])
+    draw = random.Random(0)
+    out, killed, finished = tmp_path / "out", 0, 0
+    while killed < KILLS:
+        process = processes.Process(target=prepare_in_a_process, args=(raw.uri, str(out)))
+        process.start()
+        # Most of the time while it starts or computes, sometimes late enough for the commit.
+        deadline = time.monotonic() + 60
+        lines = _lines(out)
+        while _lines(out) == lines and process.is_alive() and draw.random() > 0.002:
+            time.sleep(0.005)
+            assert time.monotonic() < deadline
+        process.join(draw.choice([0, 0.05, 0.2, 0.5]))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+        if process.exitcode == 0:
+            # Done: the next begins with what another run left in the middle.
+            finished += 1
+            _same(Store(str(out)), whole)
+            out = tmp_path / f"out{finished}"
+        else:
+            assert process.exitcode == -9
+    _same(prepare(raw, str(out), *job_of_tests()), whole)
+    assert not (out / ".work" / "prepare").exists()
+    files = list((out / "records" / "data").iterdir())
+    assert len(files) == len(Store(str(out)).records.get_fragments())
+
+
+def _lines(out: Path) -> int:
+    journal = out / ".work" / "prepare" / "journal.jsonl"
+    try:
+        return journal.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def _same(store: Store, whole: Store) -> None:
+    assert store.records.to_table() == whole.records.to_table()
+    assert store.texts.to_table() == whole.texts.to_table()
+    assert store.manifest.latents == whole.manifest.latents
+    assert store.digest == whole.digest

@@ -1,0 +1,114 @@
+"""Precompute on a local Ray of two workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raw_stores import MeanCodec, MeanColour, SlowCodec, WordText, job_of_tests, make_raw
+from shoestring.data.precompute import prepare
+from shoestring.data.store import Store
+from shoestring.data.units import Makers
+from shoestring.runtime import UserError
+
+ray = pytest.importorskip("ray", reason="the engine of clusters is optional")
+
+from shoestring.data.precompute_ray import RayEngine  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _local_ray() -> Iterator[None]:
+    environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": environment},
+    )
+    yield
+    ray.shutdown()
+
+
+def makers(folder: Path) -> Makers:
+    """Of tools that note the process they are in."""
+
+    def codec() -> SlowCodec:
+        (folder / f"pid{os.getpid()}").touch()
+        return SlowCodec()
+
+    return Makers(codec, {"t": WordText}, {"colour": MeanColour})
+
+
+def same(store: Store, whole: Store) -> None:
+    assert store.records.to_table() == whole.records.to_table()
+    assert store.texts.to_table() == whole.texts.to_table()
+    assert store.manifest.latents == whole.manifest.latents
+    assert store.digest == whole.digest
+
+
+def test_two_workers_one_killed_in_the_middle(tmp_path: Path) -> None:
+    raw = make_raw(tmp_path / "raw", rows=240, unit_rows=8)
+    job, alone = job_of_tests()
+    whole = prepare(raw, str(tmp_path / "whole"), job, alone)
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    journal = tmp_path / "out" / ".work" / "prepare" / "journal.jsonl"
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
+            time.sleep(0.01)
+        pid = max(pids.iterdir(), key=lambda file: file.stat().st_mtime).name.removeprefix("pid")
+        os.kill(int(pid), signal.SIGKILL)
+        killed.append(int(pid))
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    store = prepare(raw, str(tmp_path / "out"), job, makers(pids), RayEngine(workers=2))
+    assert killed
+    same(store, whole)
+    assert len(list((tmp_path / "out" / "records" / "data").iterdir())) == 30
+
+
+def test_a_job_goes_on_under_the_other_engine(tmp_path: Path) -> None:
+    raw = make_raw(tmp_path / "raw", rows=48, unit_rows=8)
+    job, alone = job_of_tests()
+    whole = prepare(raw, str(tmp_path / "whole"), job, alone)
+    seen = 0
+
+    def stop(_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(raw, str(tmp_path / "out"), job, alone, RayEngine(workers=2), stop)
+    same(prepare(raw, str(tmp_path / "out"), job, alone), whole)
+
+
+def test_mistakes_come_back_as_sentences(tmp_path: Path) -> None:
+    raw = make_raw(tmp_path / "raw", rows=8)
+    job, alone = job_of_tests()
+
+    def missing() -> MeanCodec:
+        raise UserError("cannot load weights")
+
+    with pytest.raises(UserError, match=r"^cannot load weights$"):
+        prepare(raw, str(tmp_path / "out"), job, Makers(missing, alone.encoders), RayEngine(workers=1))
+    for file in (tmp_path / "raw" / "records" / "data").iterdir():
+        data = file.read_bytes()
+        file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        prepare(raw, str(tmp_path / "out"), job, alone, RayEngine(workers=1))
+    with pytest.raises(UserError, match="9 workers of 1 CPU each are asked for, but Ray has 2"):
+        RayEngine(workers=9, cpus=1)

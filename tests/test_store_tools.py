@@ -1,0 +1,699 @@
+"""What is done with a finished store: verify, describe, merge, MDS in and out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from raw_stores import MeanCodec, WordText, job_of_tests, make_raw
+from shoestring.data.describe import column_bytes, info, sample_rows, stats
+from shoestring.data.embeddings import unpack
+from shoestring.data.jobs import Progress
+from shoestring.data.manifest import LatentsColumn
+from shoestring.data.mds import MDSFolder, write_mds
+from shoestring.data.mds_export import export_mds
+from shoestring.data.mds_import import Declared, import_mds
+from shoestring.data.merge import joined_statistics, merge
+from shoestring.data.precompute import TextJob, prepare
+from shoestring.data.store import Store, save_checksums, save_manifest
+from shoestring.data.tables import child, commit_new, write_piece
+from shoestring.data.units import Makers, Sums
+from shoestring.data.verify import verify
+from shoestring.interfaces import Identity
+from shoestring.runtime import UserError
+from stores import BUCKETS, make_store, moments_of
+
+# -- verify ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small store with two versions and a pin."""
+    folder = tmp_path_factory.mktemp("sound") / "s"
+    store = make_store(folder, rows=5, unit_rows=3)
+    store.pin("run-1")
+    save_manifest(store.uri, store.manifest.model_copy(update={"made_by": "later"}))
+    return folder
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_sound_store_has_no_findings(sound: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    found = verify(str(sound), lambda done, total: calls.append((done, total)))
+    assert found.problems == []
+    assert found.notes == []
+    assert found.files == len(files_of(sound)) - 3 - 4  # seals check themselves, hints are compared
+    assert calls[-1] == (found.bytes, found.bytes)
+
+
+def test_every_file_cut_short_or_gone_is_found_and_named(sound: Path) -> None:
+    for path in files_of(sound):
+        if path.name == "latest_version_hint.json":
+            continue  # Lance needs none: it looks
+        data = path.read_bytes()
+        name = path.relative_to(sound).as_posix()
+        path.write_bytes(data[:-1])
+        assert any(name in problem for problem in verify(str(sound)).problems), f"{name} cut short"
+        path.unlink()
+        assert any(name in problem for problem in verify(str(sound)).problems), f"{name} gone"
+        path.write_bytes(data)
+    assert verify(str(sound)).problems == []
+
+
+def test_a_flipped_bit_anywhere_is_found_and_named(sound: Path) -> None:
+    for path in files_of(sound):
+        data = path.read_bytes()
+        name = path.relative_to(sound).as_posix()
+        for position in {0, len(data) // 3, len(data) * 2 // 3, len(data) - 1}:
+            path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+            problems = verify(str(sound)).problems
+            assert any(name in problem for problem in problems), f"{name} at {position}: {problems}"
+        path.write_bytes(data)
+    assert verify(str(sound)).problems == []
+
+
+def test_bytes_that_belong_to_no_version_are_only_noted(sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(sound, folder)
+    (folder / "records" / "data" / "left.lance").write_bytes(b"of a killed writer")
+    (folder / ".work" / "prepare").mkdir(parents=True)
+    (folder / ".work" / "prepare" / "journal.jsonl").write_text("{}\n")
+    found = verify(str(folder))
+    assert found.problems == []
+    assert len(found.notes) == 2
+    assert "the job prepare has not ended" in found.notes[0]
+    assert "1 files belong to no version" in found.notes[1]
+    Store(str(folder)).clean()
+    shutil.rmtree(folder / ".work")
+    assert verify(str(folder)) == verify(str(folder))
+    assert verify(str(folder)).notes == []
+
+
+def test_old_versions_may_go_but_not_pinned_ones(sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(sound, folder)
+    store = Store(str(folder))
+    for name in ("a", "b"):
+        save_manifest(store.uri, store.manifest.model_copy(update={"made_by": name}))
+    assert store.version == 2
+    Store(str(folder)).clean()
+    assert verify(str(folder)).problems == []
+    assert [Store(str(folder), version).manifest.made_by for version in (1, 4)] == ["test", "b"]
+    with pytest.raises(UserError, match="version 2 cannot be opened"):
+        Store(str(folder), 2)
+    shutil.rmtree(folder / "texts" / "_refs")
+    problems = verify(str(folder)).problems
+    assert problems == ["texts/_refs/tags/run-1.json is absent"]
+
+
+def test_cleaning_keeps_what_the_manifest_names_though_a_killed_job_wrote_after_it(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", rows=5, unit_rows=3)
+    before = store.records.to_table()
+    piece = write_piece(child(store.uri, "records"), before)
+    commit_new(child(store.uri, "records"), before.schema, [piece, piece])  # and killed before its manifest
+    store.clean()
+    assert Store(store.uri).records.to_table() == before
+    assert verify(store.uri).problems == []
+
+
+def test_an_absent_seal_is_said_and_made_anew_by_a_pin(sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(sound, folder)
+    (folder / "seals" / "2.json").unlink()
+    (problem,) = verify(str(folder)).problems
+    assert problem.startswith("seals/2.json is absent")
+    Store(str(folder)).pin("run-2")
+    assert verify(str(folder)).problems == []
+
+
+def test_a_damaged_store_opens_with_a_sentence_or_not_at_all(sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(sound, folder)
+    for path in [
+        *(folder / "manifest" / "_versions").glob("*.manifest"),
+        *(folder / "manifest" / "data").iterdir(),
+    ]:
+        data = path.read_bytes()
+        for position in range(0, len(data), 7):
+            path.write_bytes(data[:position] + bytes([data[position] ^ 0x55]) + data[position + 1 :])
+            try:
+                Store(str(folder))
+            except UserError as error:
+                assert "\n" not in str(error)  # noqa: PT017
+        path.write_bytes(data)
+
+
+def test_what_is_no_store_or_half_of_one_cannot_be_verified(sound: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a store"):
+        verify(str(tmp_path / "nothing"))
+    shutil.copytree(sound, tmp_path / "s")
+    shutil.rmtree(tmp_path / "s" / "manifest" / "_versions")
+    with pytest.raises(UserError, match="records, texts, checksums of a store but no manifest"):
+        verify(str(tmp_path / "s"))
+    shutil.copytree(sound, tmp_path / "t")
+    shutil.rmtree(tmp_path / "t" / "records" / "data")
+    problems = verify(str(tmp_path / "t")).problems
+    assert len(problems) == 2
+    assert all("is absent" in problem for problem in problems)
+    shutil.copytree(sound, tmp_path / "u")
+    shutil.rmtree(tmp_path / "u" / "texts")
+    problems = verify(str(tmp_path / "u")).problems
+    assert any(problem.startswith("texts/_versions/") and "is absent" in problem for problem in problems)
+
+
+def altered(folder: Path, **columns: Callable[[list[Any]], None]) -> Store:
+    """A store with sound files whose rows were changed: ``table_column`` to a function of its values."""
+    store = make_store(folder, rows=6, unit_rows=6, buckets=BUCKETS)
+    versions, sums = dict(store.manifest.tables), []
+    for name in ("records", "texts"):
+        table = (store.records if name == "records" else store.texts).to_table()
+        for key, change in columns.items():
+            if key.startswith(f"{name}_"):
+                column = key.removeprefix(f"{name}_")
+                values = table[column].to_pylist()
+                change(values)
+                index = table.schema.get_field_index(column)
+                table = table.set_column(
+                    index, table.schema.field(index), pa.array(values, table.schema.types[index])
+                )
+        piece = write_piece(child(store.uri, name), table)
+        versions[name] = commit_new(child(store.uri, name), table.schema, [piece]).version
+        sums += [(name, file) for file in piece.files]
+    versions["checksums"] = save_checksums(store.uri, sums)
+    return save_manifest(store.uri, store.manifest.model_copy(update={"tables": versions}))
+
+
+def put(row: int, value: object) -> Callable[[list[Any]], None]:
+    return lambda values: values.__setitem__(row, value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            {"records_id": put(3, "r000001")},
+            "1 values of id occur more than once in the records, e.g. 'r000001'",
+        ),
+        ({"records_id": put(3, None)}, "1 records have no id"),
+        ({"texts_text": put(3, "caption 1")}, "1 values of text occur more than once in the texts"),
+        ({"records_caption_source": put(3, [1, 6])}, "1 entries of caption_source point to no text"),
+        (
+            {"records_moments_16": put(3, b"xy")},
+            "1 values of moments_16 do not have the bytes of their bucket",
+        ),
+        (
+            {"records_moments_16": put(3, None)},
+            "1 values of moments_16 do not have the bytes of their bucket",
+        ),
+        ({"records_bucket_16": put(3, 7)}, "1 values of moments_16 do not have the bytes of their bucket"),
+        ({"records_bucket_16": put(0, 1)}, r"hold \(1, 3, 2\) pictures, the manifest says \(2, 2, 2\)"),
+        ({"texts_t_tokens": put(3, b"")}, "1 embeddings t do not have the bytes of their tokens"),
+        ({"texts_t_true": put(3, 8)}, "1 embeddings t do not have the bytes of their tokens"),
+    ],
+)
+def test_rows_that_contradict_the_manifest_are_found(
+    tmp_path: Path, columns: dict[str, Callable[[list[Any]], None]], said: str
+) -> None:
+    problems = verify(altered(tmp_path / "s", **columns).uri).problems
+    assert any(re.search(said, problem) for problem in problems), problems
+
+
+def test_a_manifest_that_contradicts_itself_is_found(tmp_path: Path) -> None:
+    store = altered(tmp_path / "s")
+    assert verify(store.uri).problems == []
+    (source,) = store.manifest.sources
+    source = source.model_copy(update={"read": 9, "kept": 5, "rejected": {"too small": 1}})
+    save_manifest(store.uri, store.manifest.model_copy(update={"sources": (source,)}))
+    problems = " ".join(verify(store.uri).problems)
+    assert "9 records read, but 5 kept and 1 rejected" in problems
+    assert "its sources kept 5 records, but it holds 6" in problems
+
+
+# -- describe ----------------------------------------------------------------------------------------------
+
+
+def test_info_tells_all_that_a_store_says(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", rows=40, buckets=BUCKETS, captions_each=2)
+    store.pin("run-1")
+    (source,) = store.manifest.sources
+    source = source.model_copy(
+        update={"read": 47, "rejected": {"too small": 5, "no caption": 2}, "licence": "CC0"}
+    )
+    store = save_manifest(store.uri, store.manifest.model_copy(update={"sources": (source,)}))
+    text = info(store)
+    for said in (
+        "40 records, 80 distinct captions",
+        "version 2, schema 1",
+        "run-1 (1)",
+        "47 read, 40 kept, 7 rejected, licence CC0",
+        "5 x too small",
+        "latents 16: test",
+        "24 x 8",
+        "at most 7 tokens of 8 int8",
+    ):
+        assert said in text, said
+    assert text.index("5 x too small") < text.index("2 x no caption")
+    sizes = column_bytes(store)
+    data = sum(store.checksums.to_table()["bytes"].to_pylist())
+    assert sum(sizes.values()) * 40 == pytest.approx(data)
+    assert sizes["moments_16"] >= 6 * 2 * 4 * 2  # not compressed: they are noise
+
+
+def test_stats_say_when_the_latents_are_not_those_of_the_manifest(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", rows=60, buckets=BUCKETS)
+    codec = Moments()
+    text = stats(store, codec)
+    assert "measured on 60 pictures" in text
+    assert "MISMATCH in channel 0, 1: " in text  # make_store claims a mean of 0 and a deviation of 1
+    assert "not measured anew: that needs the codec test" in stats(store)
+    (column,) = store.manifest.latents
+    sums = Sums(2)
+    for batch in (store.take([i], ["moments_16", "bucket_16"]) for i in range(60)):
+        shape = column.shape(batch["bucket_16"][0].as_py())
+        moments = torch.from_numpy(
+            np.frombuffer(batch["moments_16"][0].as_py(), np.float16).reshape(1, *shape).copy()
+        )
+        sums.add(codec.latents(moments, torch.randn(1, 2, *shape[1:])))
+    manifest = store.manifest.model_copy(update={"latents": (sums.update(column),)})
+    assert "MISMATCH" not in stats(save_manifest(store.uri, manifest), codec)
+
+
+def test_sampled_rows_are_the_same_again_and_bring_their_captions(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", rows=40, captions_each=2)
+    samples = sample_rows(store, 5, seed=1)
+    assert samples == sample_rows(store, 5, seed=1)
+    assert samples != sample_rows(store, 5, seed=2)
+    assert len({sample.row for sample in samples}) == 5
+    for sample in samples:
+        assert sample.id == f"r{sample.row:06}"
+        assert sample.captions == {"source": (f"caption {2 * sample.row}", f"caption {2 * sample.row + 1}")}
+    assert [sample.row for sample in sample_rows(store, 99)] == list(range(40))
+
+
+def test_prepared_stores_are_sound_described_and_merged(tmp_path: Path) -> None:
+    job, makers = job_of_tests()
+    makers = replace(makers, codec=MeanCodec)
+    stores = []
+    for name, rows in (("a", 24), ("b", 16)):
+        raw = make_raw(tmp_path / f"raw-{name}", rows=rows)
+        assert verify(raw.uri).problems == []
+        uri = str(tmp_path / name)
+        prepare(raw, uri, replace(job, latents=job.latents[:1], features=()), makers)
+        stores.append(prepare(raw, uri, job, makers))  # widened
+        found = verify(uri)
+        assert (found.problems, found.notes) == ([], [])
+    assert "features colour: colour at 24 px, 3 wide" in info(stores[0])
+    assert "MISMATCH" not in stats(stores[0], MeanCodec())
+    merged = merge(stores, str(tmp_path / "m"), duplicates="suffix")
+    assert verify(merged.uri).problems == []
+    assert merged.manifest.texts == stores[0].manifest.texts
+    assert "MISMATCH" not in stats(merged, MeanCodec())
+    parts = [store.records.to_table().drop_columns(["id"]) for store in (*stores, merged)]
+    assert pa.concat_tables(parts[:2]).to_pylist() == parts[2].to_pylist()
+    again = prepare(
+        merged,
+        merged.uri,
+        replace(job, latents=(), features=(), text=(TextJob("all", "all"),)),
+        Makers(encoders={"all": WordText}),
+    )
+    assert verify(again.uri).problems == []
+
+
+# -- merge -------------------------------------------------------------------------------------------------
+
+
+def rows_of(store: Store) -> list[tuple[Any, ...]]:
+    """Id, moments and captions with their embeddings of all records."""
+    texts = store.texts.to_table().to_pylist()
+    return [
+        (row["id"], row["moments_16"], row["bucket_16"], [texts[i] for i in row["caption_source"]])
+        for row in store.records.to_table().to_pylist()
+    ]
+
+
+def test_merged_stores_hold_the_rows_of_all(tmp_path: Path) -> None:
+    one = make_store(tmp_path / "a", rows=20, unit_rows=8, buckets=BUCKETS, captions_each=2, distinct_texts=9)
+    two = make_store(tmp_path / "b", rows=13, unit_rows=8, buckets=BUCKETS, first=100)
+    merged = merge([one, two], str(tmp_path / "m"))
+    assert rows_of(merged) == rows_of(one) + rows_of(two)
+    assert merged.manifest.records == 33
+    assert merged.manifest.texts == 22
+    assert merged.manifest.latents[0].counts == tuple(map(sum, zip((7, 7, 6), (5, 4, 4), strict=True)))
+    (source,) = merged.manifest.sources  # both are of one place
+    assert (source.read, source.kept) == (33, 33)
+    assert verify(merged.uri).problems == []
+    assert verify(merged.uri).notes == []
+    with pytest.raises(UserError, match="holds a store already"):
+        merge([one, two], str(tmp_path / "m"))
+
+
+def test_equal_captions_are_merged_into_one(tmp_path: Path) -> None:
+    one = make_store(tmp_path / "a", rows=20)
+    two = make_store(tmp_path / "b", rows=30, captions_each=1)
+    with pytest.raises(
+        UserError, match=r"20 ids occur more than once in .*a, .*b, e.g. 'r0000\d\d'; give the later"
+    ):
+        merge([one, two], str(tmp_path / "m"))
+    assert not (tmp_path / "m").exists()
+    merged = merge([one, two, one], str(tmp_path / "m"), duplicates="suffix")
+    assert merged.manifest.texts == 30
+    ids = merged.records.to_table()["id"].to_pylist()
+    assert len(set(ids)) == 70
+    assert ids[20] == "r000000-2"
+    assert ids[50] == "r000000-3"
+    assert ids[45] == "r000025"
+    assert verify(merged.uri).problems == []
+
+
+def test_joined_statistics_are_those_of_all_pictures(tmp_path: Path) -> None:
+    (column,) = make_store(tmp_path / "a", rows=2, buckets=BUCKETS[:2]).manifest.latents
+    generator = torch.Generator().manual_seed(0)
+    parts, latents = [], []
+    for counts, scale in (((3, 1), 1.0), ((2, 5), 4.0)):
+        mine = []
+        for (height, width), count in zip(column.buckets, counts, strict=True):
+            noise = torch.randn(count, 2, height // 4, width // 4, generator=generator)
+            mine.append(noise * scale + torch.tensor([scale, -2.0])[:, None, None])
+        parts.append(measured(column, mine).model_copy(update={"counts": counts}))
+        latents += mine
+    joined, expected = joined_statistics(parts), measured(column, latents)
+    assert joined.counts == (5, 6)
+    assert joined.mean == pytest.approx(expected.mean)
+    assert joined.std == pytest.approx(expected.std)
+    values = torch.cat([part.flatten() for part in latents])
+    assert joined.sigma == pytest.approx(float(values.std(correction=0)), rel=1e-5)
+
+
+def measured(column: LatentsColumn, latents: list[torch.Tensor]) -> LatentsColumn:
+    sums = Sums(column.channels)
+    for part in latents:
+        sums.add(part)
+    return sums.update(column)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            {"buckets": BUCKETS},
+            "latents '16' is of test at 16x16, 4 .* in the first, of test at 16x16 8x24 24x8,",
+        ),
+        (
+            {"positions": "all"},
+            "embeddings 't' is .* positions true, int8 in the first, .* positions all, int8 in",
+        ),
+        ({"dtype": "float16"}, "embeddings 't' is .* int8 in the first, .* float16 in the second"),
+    ],
+)
+def test_stores_of_other_columns_are_not_merged(tmp_path: Path, other: dict[str, Any], said: str) -> None:
+    one = make_store(tmp_path / "a", rows=4)
+    two = make_store(tmp_path / "b", rows=4, first=50, **other)
+    with pytest.raises(UserError, match=said):
+        merge([one, two], str(tmp_path / "m"))
+
+
+def test_stores_of_other_codecs_are_not_merged(tmp_path: Path) -> None:
+    one = make_store(tmp_path / "a", rows=4)
+    two = make_store(tmp_path / "b", rows=4, first=50)
+    (column,) = two.manifest.latents
+    column = column.model_copy(update={"codec": Identity("autoencoder-kl", digest="abc")})
+    two = save_manifest(two.uri, two.manifest.model_copy(update={"latents": (column,)}))
+    with pytest.raises(UserError, match=r"is of test at .* in the first, of autoencoder-kl \(abc\)"):
+        merge([one, two], str(tmp_path / "m"))
+
+
+# -- MDS in and out ----------------------------------------------------------------------------------------
+
+DECLARED = Declared(codec=Identity("kl"), encoder=Identity("clip"), channels=4, width=8)
+
+
+class Moments:
+    """A codec of which only the posterior is needed: mean and log-variance."""
+
+    name = "test"
+    identity = Identity("test")
+    channels, moment_channels, moment_dtype, downsampling = 2, 4, torch.float16, 4
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def latents(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        return mean + torch.exp(0.5 * log_variance) * noise
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_ready_latents_of_the_public_writer_are_imported(shared: Path, tmp_path: Path) -> None:
+    expected = np.load(shared / "golden" / "mds" / "expected.npz")
+    out = str(tmp_path / "s")
+    store = import_mds(shared / "golden" / "mds" / "latents_zstd", out, DECLARED, unit_rows=10)
+    assert len(store) == 37
+    assert store.manifest.texts == 25  # a third are empty, and one
+    latents = store.latents("512")
+    assert (latents.channels, latents.moment_channels, latents.downsampling) == (4, 4, 64)
+    assert latents.sampled
+    assert latents.counts == (37,)
+    assert store.latents("256").shape(0) == (4, 4, 4)
+    rows = store.records.to_table().to_pylist()
+    texts = store.texts.to_table()
+    text_BSD, mask_BS = unpack(store.text("text"), texts)
+    seen = set()
+    for i, row in enumerate(rows):
+        assert row["id"] == f"latents_zstd/shard.{i // 7:05}.mds/{i % 7}"
+        for size in ("256", "512"):
+            got = np.frombuffer(row[f"moments_{size}"], np.float16)
+            assert np.array_equal(got, expected[f"latents_{size}"][i])
+        (text,) = row["caption_source"]
+        assert texts["text"][text].as_py() == expected["captions"][i]
+        if text not in seen:
+            assert np.array_equal(text_BSD[text].ravel(), expected["caption_latents"][i].astype(np.float32))
+        seen.add(text)
+    assert mask_BS.all()
+    values = expected["latents_512"].astype(np.float64).reshape(37, 4, -1)
+    assert latents.mean == pytest.approx(values.mean((0, 2)))
+    assert latents.std == pytest.approx(values.std((0, 2)))
+    assert latents.sigma == pytest.approx(values.std())
+    assert verify(out).problems == []
+    with pytest.raises(UserError, match="holds a store already"):
+        import_mds(shared / "golden" / "mds" / "latents", out, DECLARED)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_import_and_export_are_inverse(tmp_path: Path, dtype: Literal["float16", "int8"]) -> None:
+    random = np.random.RandomState(0)
+    samples = [
+        {
+            "caption": f"caption {i}",
+            "caption_latents": random.standard_normal(5 * 8).astype(np.float16).tobytes(),
+            "latents_256": random.standard_normal(4 * 4 * 4).astype(np.float16).tobytes(),
+        }
+        for i in range(100)
+    ]
+    columns = {"caption": "str", "caption_latents": "bytes", "latents_256": "bytes"}
+    write_mds(tmp_path / "mds", columns, samples, 5000)
+    declared = replace(DECLARED, text_dtype=dtype)
+    store = import_mds(tmp_path / "mds", str(tmp_path / "s"), declared, unit_rows=32)
+    assert export_mds(store, tmp_path / "back", ["256"], "text", None, size_limit=5000) == 100
+    again = list(MDSFolder(tmp_path / "back"))
+    if dtype == "float16":
+        assert again == samples
+        for path in (tmp_path / "mds").iterdir():
+            assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
+    for got, want in zip(again, samples, strict=True):
+        assert got["latents_256"] == want["latents_256"]
+        values = [
+            np.frombuffer(sample["caption_latents"], np.float16).astype(float) for sample in (got, want)
+        ]
+        assert np.allclose(*values, atol=0.02)
+
+
+def test_exported_latents_are_draws_that_depend_on_the_record_alone(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", rows=70, positions="all", captions_each=2)
+    export_mds(store, tmp_path / "mds", ["16"], "t", Moments())
+    assert MDSFolder(tmp_path / "mds").columns == {
+        "caption": "str",
+        "caption_latents": "bytes",
+        "latents_16": "bytes",
+    }
+    drawn = []
+    for i, sample in enumerate(MDSFolder(tmp_path / "mds")):
+        assert sample["caption"] == f"caption {2 * i}"
+        assert len(sample["caption_latents"]) == 7 * 8 * 2
+        mean, log_variance = np.split(moments_of(i, (4, 4, 4)).astype(np.float32), 2)
+        latents = np.frombuffer(sample["latents_16"], np.float16).reshape(2, 4, 4)
+        drawn.append((latents - mean) / np.exp(0.5 * log_variance))
+    assert abs(np.mean(drawn)) < 0.1
+    assert np.std(drawn) == pytest.approx(1, abs=0.05)
+    assert len({values.tobytes() for values in drawn}) == 70
+    merged = merge(
+        [make_store(tmp_path / "t", rows=3, first=500, positions="all", captions_each=2), store],
+        str(tmp_path / "m"),
+    )
+    export_mds(merged, tmp_path / "later", ["16"], "t", Moments())
+    assert [sample["latents_16"] for sample in MDSFolder(tmp_path / "later")][3:] == [
+        sample["latents_16"] for sample in MDSFolder(tmp_path / "mds")
+    ]
+
+
+def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
+    true = make_store(tmp_path / "a", rows=4)
+    with pytest.raises(
+        UserError, match=r"'t' up to the true length .* prepare them again with positions=all"
+    ):
+        export_mds(true, tmp_path / "mds", ["16"], "t", Moments())
+    store = make_store(tmp_path / "b", rows=4, positions="all", buckets=BUCKETS)
+    with pytest.raises(UserError, match="'16' have 3 shapes"):
+        export_mds(store, tmp_path / "mds", ["16"], "t", Moments())
+    store = make_store(tmp_path / "c", rows=4, positions="all")
+    with pytest.raises(UserError, match="are moments of test; name this codec"):
+        export_mds(store, tmp_path / "mds", ["16"], "t", None)
+    other = Moments()
+    other.identity = Identity("other")
+    with pytest.raises(UserError, match="were made by test, not by other"):
+        export_mds(store, tmp_path / "mds", ["16"], "t", other)
+    assert not (tmp_path / "mds").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"channels": 3}, "64 values a picture, which are no square of 3 channels"),
+        ({"width": 7}, "40 values a caption, which is no multiple of the width 7"),
+        ({"encoder": None}, "has caption_latents; name the text encoder"),
+    ],
+)
+def test_what_was_declared_must_fit_the_folder(
+    shared: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        import_mds(shared / "golden" / "mds" / "latents", str(tmp_path / "s"), replace(DECLARED, **change))
+    with pytest.raises(UserError, match="for pictures take shoestring data ingest"):
+        import_mds(shared / "golden" / "mds" / "images", str(tmp_path / "s"), DECLARED)
+    assert not any(tmp_path.iterdir())
+
+
+def test_samples_that_cannot_be_taken_are_counted(tmp_path: Path) -> None:
+    good = {"caption": "a", "latents_16": np.ones(16, np.float16).tobytes()}
+    nan = good | {"latents_16": np.full(16, np.nan, np.float16).tobytes()}
+    short = good | {"latents_16": b"1234"}
+    write_mds(tmp_path / "mds", {"caption": "str", "latents_16": "bytes"}, [good, nan, short, nan, good])
+    declared = replace(DECLARED, encoder=None, latents_scale=0.5)
+    store = import_mds(tmp_path / "mds", str(tmp_path / "s"), declared, unit_rows=2)
+    (source,) = store.manifest.sources
+    assert (source.read, source.kept) == (5, 2)
+    assert source.rejected == {
+        "latents_16 holds numbers that are not finite": 2,
+        "latents_16 has another size than in the first sample": 1,
+    }
+    assert store.latents("16").mean == (0.5,) * 4
+    assert store.manifest.text == ()
+    assert verify(store.uri).problems == []
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+import test_store_tools as tools
+tools.slow_job(sys.argv[2], sys.argv[3])
+"""
+
+
+def slow_job(kind: str, folder: str) -> None:
+    """A job that tells of each unit; run in a process of its own and killed in between."""
+    root = Path(folder)
+
+    def told(progress: Progress) -> None:
+        print(progress.done, flush=True)
+        time.sleep(0.05)
+
+    if kind == "import":
+        import_mds(root / "mds", str(root / "out"), DECLARED, unit_rows=5, progress=told)
+    else:
+        merge([Store(str(root / "a")), Store(str(root / "b"))], str(root / "out"), progress=told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["import", "merge"])
+def test_a_killed_job_goes_on_and_ends_like_an_undisturbed_one(tmp_path: Path, kind: str) -> None:
+    make_store(tmp_path / "a", rows=30, unit_rows=5, distinct_texts=8)
+    make_store(tmp_path / "b", rows=30, unit_rows=5, first=100)
+    samples = [
+        {
+            "caption": f"caption {i % 17}",
+            "caption_latents": np.full(16, i, np.float16).tobytes(),
+            "latents_16": np.full(16, i, np.float16).tobytes(),
+        }
+        for i in range(60)
+    ]
+    columns = {"caption": "str", "caption_latents": "bytes", "latents_16": "bytes"}
+    write_mds(tmp_path / "mds", columns, samples, 2000)
+    words = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), kind, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        told = [job.stdout.readline() for _ in range(4)]
+        job.send_signal(signal.SIGKILL)
+    assert 0 < int(told[-1]) < 60
+    assert not (tmp_path / "out" / "manifest").exists()
+    slow_job(kind, str(tmp_path))
+    (tmp_path / "out").rename(tmp_path / "first")
+    slow_job(kind, str(tmp_path))
+    stores = [Store(str(tmp_path / name)) for name in ("first", "out")]
+    assert stores[0].records.to_table() == stores[1].records.to_table()
+    assert stores[0].texts.to_table() == stores[1].texts.to_table()
+    assert stores[0].digest == stores[1].digest
+    assert stores[0].manifest.latents == stores[1].manifest.latents
+    found = verify(stores[0].uri)
+    assert (found.problems, found.notes) == ([], [])
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    one = make_store(tmp_path / "a", rows=4)
+    (tmp_path / "locked").mkdir(mode=0o555)
+    # Root may write everywhere but there.
+    locked = "/proc" if os.geteuid() == 0 else str(tmp_path / "locked")
+    with pytest.raises(UserError, match=f"cannot write to {locked}/out"):
+        merge([one], f"{locked}/out")
+    with pytest.raises(UserError, match=f"cannot write to {locked}/out"):
+        export_mds(make_store(tmp_path / "b", positions="all"), f"{locked}/out", ["16"], "t", Moments())
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    make_store(tmp_path / "a", rows=30, unit_rows=5)
+    make_store(tmp_path / "b", rows=600, unit_rows=600, first=100)
+    program = (
+        "import resource, signal, sys\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        "import test_store_tools as tools\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "tools.slow_job('merge', sys.argv[1])\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert "UserError: cannot write to" in ran.stderr, ran.stderr
+    assert "then give the same command" in ran.stderr
+    slow_job("merge", str(tmp_path))
+    merged = Store(str(tmp_path / "out"))
+    assert rows_of(merged) == rows_of(Store(str(tmp_path / "a"))) + rows_of(Store(str(tmp_path / "b")))
+    assert verify(merged.uri).problems == []
