@@ -14,21 +14,8 @@ from shoestring.data.caption import caption
 from shoestring.encoders.captions import ImageToText
 from shoestring.runtime import UserError
 
-WORDS = [
-    "[PAD]",
-    "[CLS]",
-    "[SEP]",
-    "[UNK]",
-    "[MASK]",
-    "a",
-    "photo",
-    "of",
-    "red",
-    "green",
-    "blue",
-    "cat",
-    "dog",
-]
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+WORDS = [*SPECIAL, "a", "photo", "of", "red", "green", "blue", "cat", "dog"]
 
 
 def save_tokenizer(folder: Path) -> None:

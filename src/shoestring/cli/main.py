@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from shoestring import recipes
+from shoestring.cli.data import app as data_app
 from shoestring.config import RunConfig, apply_overrides, to_yaml
 from shoestring.runtime import TrainingFailed, UserError, keep_freed_memory, pick_device, say
 
@@ -31,6 +32,7 @@ recipes_app = typer.Typer(help="List recipes; with show NAME, print one whole.",
 app.add_typer(recipes_app, name="recipes")
 study_app = typer.Typer(help="Compare methods side by side.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
+app.add_typer(data_app, name="data")
 
 Recipe = Annotated[str, typer.Argument(help="name of a recipe (see: shoestring recipes list) or a YAML file")]
 Overrides = Annotated[

@@ -253,10 +253,10 @@ def _add(
             entry(unit, write_piece(child(store.uri, "texts"), _text_rows(store, tools, some, text_batch)))
         )
     fields = pa.schema([(column.column, CAPTIONS) for column in columns])
+    fragments = [fragment.fragment_id for fragment in store.records.get_fragments()]
     for unit in left(units_of(store.records, "records"), journal.entries):
-        fragment = store.records.get_fragments()[unit.number].fragment_id
         table = pa.table([pa.array(rows(unit), CAPTIONS) for rows in columns.values()], schema=fields)
-        journal.add(entry(unit, widen_piece(store.records, fragment, table)[0]))
+        journal.add(entry(unit, widen_piece(store.records, fragments[unit.number], table)[0]))
     changes = {"records": Change("columns", pieces_of("records", journal.entries), fields)}
     if new:
         changes["texts"] = Change("append", pieces_of("new texts", journal.entries), store.texts.schema)

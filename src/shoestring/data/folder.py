@@ -170,8 +170,8 @@ def _take_text(folder: Path, name: str, found: dict[str, Item], rejected: list[R
 
 
 def _take(folder: Path, name: str, row: Row, found: dict[str, Item], rejected: list[Rejection]) -> None:
-    captions = tuple(words for words in map(plain, row.captions) if words)
-    if captions:
+    captions = tuple(map(plain, row.captions))
+    if any(captions):
         found[name] = Item(name, folder / name, captions, row.numbers)
     else:
         rejected.append(Rejection(name, "empty caption" if row.captions else "no caption", NO_CAPTION))

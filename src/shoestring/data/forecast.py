@@ -20,7 +20,7 @@ from shoestring.data.precompute import JOB, Job, describe, make_plan, plan_units
 from shoestring.data.runner import Runner
 from shoestring.data.store import Store
 from shoestring.data.tables import child, write_piece
-from shoestring.data.units import Makers, Plan, Rows, Tools, Unit
+from shoestring.data.units import Makers, Plan, Rows, Tools, Unit, padded_size
 from shoestring.runtime import UserError, stream_seed
 
 # Captions encoded for the estimate, chosen by length among so many.
@@ -127,7 +127,8 @@ def forecast(
     units = plan_units(plan, raw)
     runner = Runner(plan, tools, threads)
     todo, bytes_done = _what_is_left(plan, raw, units)
-    columns, total, seconds = {}, 0.0, 0.0
+    columns: dict[str, float] = {}
+    total, seconds = 0.0, 0.0
     for kind, size in (("records", len(raw)), ("texts", _texts(plan, raw))):
         count = sum(1 for unit in units if unit.kind == kind)
         if not count:
@@ -184,6 +185,8 @@ def _sample(runner: Runner, raw: Store, kind: str, size: int) -> tuple[dict[str,
     began = time.monotonic()
     table = _computed(runner, kind, rows)
     seconds = (time.monotonic() - began) / len(rows)
+    if kind == "records" and plan.pictures:
+        seconds *= _padding(plan, raw, size) / _padding_of_sample(plan, table)
     sizes = {name: table[name].nbytes / len(rows) for name in table.column_names}
     rest, fixed = _overhead(table)
     if kind == "records":
@@ -193,6 +196,32 @@ def _sample(runner: Runner, raw: Store, kind: str, size: int) -> tuple[dict[str,
         if "image" in sizes:
             sizes["image"] = _stored_bytes(raw, "image") / size
     return sizes | {"files": rest}, fixed, seconds
+
+
+def _padding(plan: Plan, raw: Store, size: int) -> float:
+    """How many pictures are encoded for each that there is: the last batches of a unit are filled up."""
+    units = size / raw.manifest.unit_rows
+    encoded = 0.0
+    for column in plan.pictures:
+        counts = column.counts if isinstance(column, LatentsColumn) else (size,)
+        for count in counts:
+            each = min(count / units, count)
+            rest = round(each % plan.batch)
+            encoded += (each - rest + (padded_size(rest, plan.batch) if rest else 0)) * count / each
+    return encoded / size
+
+
+def _padding_of_sample(plan: Plan, table: pa.Table) -> float:
+    """The same of a sample, which with many buckets is larger."""
+    encoded = 0
+    for column in plan.pictures:
+        buckets = np.zeros(len(table), np.int64)
+        if isinstance(column, LatentsColumn):
+            buckets = table[column.bucket_column].to_numpy()
+        for count in np.unique(buckets, return_counts=True)[1].tolist():
+            full, rest = divmod(count, plan.batch)
+            encoded += full * plan.batch + (padded_size(rest, plan.batch) if rest else 0)
+    return encoded / len(table)
 
 
 def _moment_names(column: LatentsColumn) -> list[str]:

@@ -62,19 +62,17 @@ class Meter:
         """
         self._total, self._done, self._tell = total, dict(done), tell
         self._before = dict(done)
-        self._began = time.monotonic()
-        self._last = self._began
-        self._stage = ""
+        self._began: dict[str, float] = {}
+        self._last = time.monotonic()
 
     def __call__(self, stage: str, count: int) -> None:
         """Something of a stage is done."""
         now = time.monotonic()
-        if stage != self._stage and self._stage:
-            self._began = self._last  # the stage began when the one before it ended
-        self._stage, self._last = stage, now
+        self._began.setdefault(stage, self._last)  # when the one before it ended
+        self._last = now
         self._done[stage] += count
         if self._tell is not None:
-            rate = (self._done[stage] - self._before[stage]) / max(1e-9, now - self._began)
+            rate = (self._done[stage] - self._before[stage]) / max(1e-9, now - self._began[stage])
             self._tell(Progress(stage, self._done[stage], self._total[stage], rate))
 
 
@@ -100,6 +98,27 @@ def existing(uri: str, journal: str) -> Store | None:
             "command that could go on; put it back from a copy, or begin anew with another --out"
         )
     return None
+
+
+def finished(uri: str, job: str) -> Store | None:
+    """The result of a job that makes a new store, if it was killed between its commit and its last step.
+
+    Args:
+        uri: where the job is about to write.
+        job: name of the job.
+
+    Returns:
+        The store; ``None`` if the job is still to be done.
+
+    Raises:
+        UserError: if there is a store, or part of one, that the job did not make.
+    """
+    done = existing(uri, job)
+    if done is not None and not (work_folder(uri, job) / "journal.jsonl").exists():
+        raise UserError(f"{uri} holds a store already; choose another --out")
+    if done is not None:
+        forget(uri, job, done)
+    return done
 
 
 def begin(uri: str, job: str, base: Store | None, settings: dict[str, Any]) -> Journal:

@@ -76,7 +76,7 @@ class Journal:
         self.entries = lines[1:]
 
     def _lock(self, folder: Path) -> None:
-        """Two processes at one job would remove each other's files at the end; the lock dies with its owner."""
+        """Two processes at one job would remove each other's files; the lock dies with its owner."""
         if sys.platform == "win32":
             return
         try:
@@ -84,8 +84,8 @@ class Journal:
         except BlockingIOError as error:
             self.close()
             raise UserError(
-                f"{folder.parent.parent} is being worked on by another process, which holds {self.path}; wait "
-                "until it has ended, or end it"
+                f"{folder.parent.parent} is being worked on by another process, which holds {self.path}; "
+                "wait until it has ended, or end it"
             ) from error
         except OSError:
             pass  # a file system without locks

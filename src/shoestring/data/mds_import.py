@@ -23,8 +23,7 @@ from shoestring.data.jobs import (
     Progress,
     begin,
     commit,
-    existing,
-    forget,
+    finished,
     pieces_of,
     tidy,
 )
@@ -108,11 +107,8 @@ def import_mds(
     Raises:
         UserError: if the folder is damaged or has other columns, ``out`` is in use, or the disk is full.
     """
-    done = existing(out, JOB)
+    done = finished(out, JOB)
     if done is not None:
-        if not (work_folder(out, JOB) / "journal.jsonl").exists():
-            raise UserError(f"{out} holds a store already; choose another --out")
-        forget(out, JOB, done)  # killed between the commit and its last step
         return done
     mds = MDSFolder(folder)
     layout = _layout(mds, declared)

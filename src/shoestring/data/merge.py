@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from shoestring import __version__
-from shoestring.data.jobs import Change, Meter, Progress, begin, commit, existing, forget, pieces_of, tidy
+from shoestring.data.jobs import Change, Meter, Progress, begin, commit, finished, pieces_of, tidy
 from shoestring.data.journal import Journal, work_folder
 from shoestring.data.manifest import CaptionsColumn, LatentsColumn, Manifest, SourceFacts
+from shoestring.data.precompute import summary
 from shoestring.data.store import Store
 from shoestring.data.tables import child, write_piece
 from shoestring.data.units import Sums
-from shoestring.interfaces import Identity
 from shoestring.runtime import UserError
 
 JOB = "merge"
@@ -47,11 +47,8 @@ def merge(
     Raises:
         UserError: if the stores do not fit each other, ids repeat, ``out`` is in use, or the disk is full.
     """
-    done = existing(out, JOB)
+    done = finished(out, JOB)
     if done is not None:
-        if not (work_folder(out, JOB) / "journal.jsonl").exists():
-            raise UserError(f"{out} holds a store already; choose another --out")
-        forget(out, JOB, done)  # killed between the commit and its last step
         return done
     if not stores or not any(map(len, stores)):
         raise UserError("there is nothing to merge; name stores that hold records")
@@ -102,33 +99,21 @@ def _unequal(first: Store, other: Store, what: str, mine: str | None, theirs: st
     )
 
 
-def _maker(identity: Identity) -> str:
-    return f"{identity.name} ({identity.digest})" if identity.digest else identity.name
-
-
 def _latents(manifest: Manifest) -> dict[str, str]:
     told = {}
     for column in manifest.latents:
-        shapes = " ".join(f"{width}x{height}" for height, width in column.buckets)
-        marks = f"{', mirrored too' if column.mirrored else ''}{', drawn already' if column.sampled else ''}"
+        drawn = ", drawn already" if column.sampled else ""
         stored = f"{column.moment_channels} channels of {column.dtype}"
-        told[column.name] = f"of {_maker(column.codec)} at {shapes}, {stored}{marks}"
+        told[column.name] = f"{summary(column)}, {stored}{drawn}"
     return told
 
 
 def _text(manifest: Manifest) -> dict[str, str]:
-    return {
-        column.name: f"of {_maker(column.encoder)}, {column.max_tokens} tokens of {column.width}, "
-        f"positions {column.positions}, {column.dtype}"
-        for column in manifest.text
-    }
+    return {column.name: f"{summary(column)}, {column.width} wide" for column in manifest.text}
 
 
 def _features(manifest: Manifest) -> dict[str, str]:
-    return {
-        column.name: f"of {_maker(column.extractor)} at {column.resolution} px, {column.width} wide"
-        for column in manifest.features
-    }
+    return {column.name: f"{summary(column)}, {column.width} wide" for column in manifest.features}
 
 
 def _types(schema: pa.Schema) -> str:

@@ -84,7 +84,7 @@ class Job:
     keep_images: bool = False
     """Whether a new store takes over the original files."""
     batch: int = 32
-    """Pictures encoded at once, always as many: results may differ in rounding with it."""
+    """Pictures encoded at once: results may differ in rounding with it."""
     text_batch: int = 64
 
     def check(self) -> None:

@@ -55,7 +55,7 @@ class RayEngine:
         self.workers, self.cpus, self.gpus, self.threads = workers, cpus, gpus, threads
         if not ray.is_initialized():
             try:
-                ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, ValueError) as error:
                 raise UserError(f"no Ray cluster answers at {address!r} ({_first_line(error)})") from error
         have = ray.cluster_resources()

@@ -74,6 +74,10 @@ class Runner:
         self.raw = Store(*plan.raw)
         uri, version = plan.out
         self.out = None if version is None else Store(uri, version)
+        self._fragments: dict[str, list[int]] = {}
+        if self.out is not None:
+            for kind, table in (("records", self.out.records), ("texts", self.out.texts)):
+                self._fragments[kind] = [fragment.fragment_id for fragment in table.get_fragments()]
 
     def run(self, units: Sequence[Unit]) -> Iterator[dict[str, Any]]:
         """Compute units and write their pieces.
@@ -82,7 +86,7 @@ class Runner:
             units: of either kind.
 
         Yields:
-            A journal's entry for each, when its piece is on the disk.
+            dict[str, Any]: a journal's entry for each, when its piece is on the disk.
         """
         records = self.records([unit for unit in units if unit.kind == "records"])
         texts = self.texts([unit for unit in units if unit.kind == "texts"])
@@ -102,7 +106,7 @@ class Runner:
             piece = write_piece(child(self.plan.out[0], unit.kind), rows)
         else:
             table = self.out.records if unit.kind == "records" else self.out.texts
-            piece, _ = widen_piece(table, table.get_fragments()[unit.number].fragment_id, rows)
+            piece, _ = widen_piece(table, self._fragments[unit.kind][unit.number], rows)
         return entry(unit, piece) | {"sums": {name: value.to_json() for name, value in sums.items()}}
 
     # -- texts ---------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Work units of a precompute: what one of them is made of, and how it is computed.
 
 A unit is one fragment of the records or of the texts. Within it pictures are grouped by shape and encoded in
-batches of one fixed size (the last is filled up with copies), so that its result depends neither on what was
-computed before nor on who computes it.
+batches of one size (the last is filled up with copies to a power of two), so that its result depends neither
+on what was computed before nor on who computes it.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def ahead(
         waiting: further tasks that may be done or queued, which bounds the memory.
 
     Yields:
-        The results in the order of the tasks.
+        Result: the results in the order of the tasks.
     """
     pool = ThreadPoolExecutor(threads)
     running: deque[Future[Result]] = deque()
@@ -177,9 +177,17 @@ def ahead(
         pool.shutdown(cancel_futures=True)
 
 
+def padded_size(count: int, batch: int) -> int:
+    """Size of the batch that some pictures or texts are encoded in: full, or the next power of two.
+
+    So there are few sizes, and with many buckets the last batches of each do not cost as much as full ones.
+    """
+    return min(batch, 1 << (count - 1).bit_length())
+
+
 def filled_up(pixels: Tensor, batch: int) -> Tensor:
-    """A batch of fixed size: the last picture is repeated."""
-    missing = batch - len(pixels)
+    """A batch of a size of :func:`padded_size`: the last picture is repeated."""
+    missing = padded_size(len(pixels), batch) - len(pixels)
     return torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])]) if missing else pixels
 
 
@@ -190,7 +198,7 @@ def embed(columns: Sequence[TextColumn], tools: Tools, texts: Sequence[str], bat
         columns: at least one.
         tools: with the encoders.
         texts: consecutive texts of a unit.
-        batch: texts encoded at once, always as many.
+        batch: texts encoded at once.
 
     Returns:
         The columns of all encoders, a row each text.
@@ -204,7 +212,7 @@ def embed(columns: Sequence[TextColumn], tools: Tools, texts: Sequence[str], bat
         parts = []
         for start in range(0, len(texts), batch):
             some = list(texts[start : start + batch])
-            text_BSD, mask_BS = encoder(some + some[-1:] * (batch - len(some)))
+            text_BSD, mask_BS = encoder(some + some[-1:] * (padded_size(len(some), batch) - len(some)))
             text_BSD, mask_BS = text_BSD[: len(some)], mask_BS[: len(some)]
             stored_BSD = text_BSD.half() if column.dtype == "float16" else text_BSD
             bad_B = ~stored_BSD.isfinite().all(2).all(1)

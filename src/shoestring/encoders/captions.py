@@ -51,9 +51,10 @@ class ImageToText:
         source = Source(FIELD, model, "an image-to-text model of transformers", files)
 
         def read(only_local: bool) -> tuple[Any, Any]:
-            network, info = transformers.AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
                 model, local_files_only=only_local, dtype=DTYPES[dtype], output_loading_info=True
             )
+            network, info = loaded
             check_complete(source, info["missing_keys"])
             return network, _Processor(model, only_local)
 
