@@ -16,7 +16,7 @@ from shoestring.data.duplicates import Looks, look
 from shoestring.data.filters import Filters, Threshold, summary
 from shoestring.data.ingest import complete, ingest, rejections
 from shoestring.data.readers import Options, open_reader
-from shoestring.data.store import Store
+from shoestring.data.store import Store, save_manifest
 from shoestring.runtime import UserError
 from stores import make_store
 
@@ -253,6 +253,10 @@ def test_a_complete_store_is_left_alone_and_other_settings_are_refused(tmp_path:
     assert again is not None
     assert again.version == store.version
     assert ingest(reader, out, unit_rows=4).version == store.version
+    tables = {name: version for name, version in store.manifest.tables.items() if name != "rejected"}
+    save_manifest(out, store.manifest.model_copy(update={"tables": tables, "made_by": "a later job"}))
+    assert ingest(reader, out, unit_rows=4).manifest.made_by == "a later job"
+    assert rejections(Store(out)).num_rows == 0
     with pytest.raises(UserError, match="complete store that was made with unit_rows=4, now it is 5"):
         ingest(reader, out, unit_rows=5)
     with pytest.raises(UserError, match="was made with filters="):

@@ -436,6 +436,18 @@ def test_the_forecast_is_within_three_percent(tmp_path: Path) -> None:
     assert {name for name, _ in added.columns} == {"u_tokens", "u_scale", "u_true", "files"}
 
 
+def test_batches_are_filled_up_to_few_sizes(raw: Store, tmp_path: Path) -> None:
+    sizes: set[int] = set()
+
+    class Counts(MeanCodec):
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            sizes.add(len(pixels))
+            return super().encode(pixels)
+
+    prepare(raw, str(tmp_path / "out"), replace(JOB, batch=6), Makers(Counts, MAKERS.encoders))
+    assert sizes == {6, 4, 2}  # 8 + 4 + 4 and 4 + 2 + 2 pictures
+
+
 def test_decoding_happens_in_threads_and_in_order(raw: Store, tmp_path: Path) -> None:
     one = prepare(raw, str(tmp_path / "one"), JOB, MAKERS, Local(threads=1))
     four = prepare(raw, str(tmp_path / "four"), JOB, MAKERS, Local(threads=4))

@@ -75,6 +75,8 @@ def test_samples_that_lack_something(tmp_path: Path) -> None:
         ("dir/e.json", b'{"text": ["x", "y"]}'),
         ("dir/e.jpg", jpeg(5)),
         ("dir/e.txt", b"same key again"),
+        ("dir/f.jpg", jpeg(6)),
+        ("dir/f.txt", b"\xff\xfe"),
     ]
     path = tmp_path / "a.tar"
     path.write_bytes(tar_of(files[1:]))
@@ -90,6 +92,7 @@ def test_samples_that_lack_something(tmp_path: Path) -> None:
     assert {name: each.kind for name, each in rejected(reader).items()} == {
         "a/dir/a": "no picture",
         "a/dir/d": "no caption",
+        "a/dir/f": "no caption",
     }
 
 

@@ -242,12 +242,12 @@ class Identity:
     revision: str = ""
     """Commit of the hub, where it is known."""
     digest: str = ""
-    """Hash of weights and settings that change the result (hexadecimal); two identities are of one maker
-    exactly when names and digests are equal."""
+    """Hash of weights and settings that change the result (hexadecimal); empty = there are none, or what was
+    stored is an import that does not say."""
 
     def same(self, other: Identity) -> bool:
-        """Whether both make the same results, wherever their weights lay."""
-        return (self.name, self.digest) == (other.name, other.digest)
+        """Whether both make the same results, wherever their weights lay, as far as is known."""
+        return self.name == other.name and (self.digest == other.digest or "" in (self.digest, other.digest))
 
     def __str__(self) -> str:
         where = f" from {self.source}" if self.source else ""

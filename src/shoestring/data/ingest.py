@@ -116,11 +116,9 @@ def complete(
     if not table_exists(child(out, "manifest")):
         return None
     store = Store(out)
-    version = store.manifest.tables.get("rejected")
-    made = None
-    if version is not None:
-        metadata = open_table(child(out, "rejected"), version).schema.metadata or {}
-        made = json.loads(metadata.get(SETTINGS, b"null"))
+    table = _rejected(store)
+    metadata = {} if table is None else table.schema.metadata or {}
+    made = json.loads(metadata.get(SETTINGS, b"null"))
     if made is None:
         raise UserError(f"{out} is a store that was not made by data ingest; choose another --out")
     wanted = json.loads(json.dumps(_settings(reader, filters or Filters(), unit_rows, licence)))
@@ -146,10 +144,19 @@ def rejections(store: Store) -> pa.Table:
     Raises:
         UserError: if the store has no such table.
     """
-    version = store.manifest.tables.get("rejected")
-    if version is None:
+    table = _rejected(store)
+    if table is None:
         raise UserError(f"{store.uri} keeps no list of what was rejected; it was not made by data ingest")
-    return open_table(child(store.uri, "rejected"), version).to_table()
+    return table.to_table()
+
+
+def _rejected(store: Store) -> Any:
+    """The table of what was rejected, or ``None``."""
+    uri = child(store.uri, "rejected")
+    if not table_exists(uri):
+        return None
+    # Only ingestion writes it: where a later version of the store does not name it, the newest is the one.
+    return open_table(uri, store.manifest.tables.get("rejected"))
 
 
 def _settings(reader: Reader, filters: Filters, unit_rows: int, licence: str) -> dict[str, Any]:

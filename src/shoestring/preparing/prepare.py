@@ -227,6 +227,11 @@ def store_codec(store: Store, codec: str | None, codec_path: str | None, device:
             f"{', '.join(CODEC_DOWNSAMPLING)}"
         )
     path = codec_path or made_by.source or None
+    if path is None and name != "pixels":
+        raise UserError(
+            f"{store.uri} was made by the codec {made_by} and does not say where its weights are; give "
+            f"--codec-path"
+        )
     built = build_codec(DataConfig(codec=name, codec_path=path), pick_device(device))
     if not built.identity.same(made_by):
         raise UserError(

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from shoestring.data.describe import Sample, sample_rows
 from shoestring.data.manifest import LatentsColumn
 from shoestring.data.pixels import decode
+from shoestring.data.ready import codec_for
 from shoestring.data.store import Store
 from shoestring.interfaces import ImageCodec
 from shoestring.runtime import UserError, atomic_write
@@ -65,7 +66,7 @@ def _decoded(
     wanted = [column.column] + ([column.bucket_column] if len(column.buckets) > 1 else [])
     table = store.take(rows, wanted)
     buckets = table[column.bucket_column].to_pylist() if len(wanted) > 1 else [0] * len(rows)
-    pictures = []
+    codec, pictures = codec_for(column, codec), []
     for data, bucket in zip(table[column.column].to_pylist(), buckets, strict=True):
         shape = column.shape(bucket)
         moments = np.frombuffer(data, np.dtype(column.dtype)).reshape(1, *shape)

@@ -17,6 +17,7 @@ from shoestring.data.manifest import LatentsColumn, TextColumn
 from shoestring.data.members import Member, choose_rows
 from shoestring.data.precompute import Job, LatentsJob, TextJob, prepare
 from shoestring.data.readers import open_reader
+from shoestring.data.ready import codec_for
 from shoestring.data.store import Store
 from shoestring.data.store_rows import Mixing, StoreData, distinct_captions
 from shoestring.data.units import Makers
@@ -153,6 +154,7 @@ def open_stores(
         flip=data.flip,
     )
     classes = distinct_captions(trained) if config.model.condition == "class" else None
+    codec = codec_for(trained[0].latents, codec)
     train = StoreData(tuple(trained), codec, mixing, classes)
     train.order(stage.batch)  # says at once what does not fit
     some = tuple(member for member in held if len(member))
@@ -258,6 +260,12 @@ def _check_equal(members: Sequence[Member]) -> None:
     """One batch may hold rows of all stores."""
     first = members[0]
     for member in members[1:]:
+        if member.latents.sampled != first.latents.sampled:
+            raise UserError(
+                f"of {first.store.uri} and {member.store.uri} one holds moments and one ready latents; mix "
+                f"stores "
+                "of one kind"
+            )
         if member.latents.buckets != first.latents.buckets:
             raise UserError(
                 f"{first.store.uri} has the buckets {list(first.latents.buckets)}, {member.store.uri} has "

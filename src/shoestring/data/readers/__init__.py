@@ -9,13 +9,12 @@ from pathlib import Path
 
 from shoestring.data.captions import READERS as CAPTION_FILES
 from shoestring.data.folder import CAPTION_STEMS, SUFFIXES
-from shoestring.data.readers.base import Options, Reader
+from shoestring.data.readers.base import TARS, Options, Reader
 from shoestring.runtime import UserError
 
 __all__ = ["READERS", "Options", "Reader", "open_reader"]
 
 COLUMNS = ("image", "captions", "id", "numbers")
-TARS = (".tar", ".tar.gz", ".tgz")
 MAX_JSON = 1 << 31
 
 

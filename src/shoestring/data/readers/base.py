@@ -16,8 +16,7 @@ from shoestring.runtime import UserError
 NO_PICTURE = "no picture"
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture")
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "label_name", "label")
-MANY = 5_000
-"""Pictures of ``shapes`` by default."""
+TARS = (".tar", ".tar.gz", ".tgz")
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ import numpy as np
 from PIL import Image
 
 from shoestring.data import cifar10, openmoji, shapes
-from shoestring.data.readers.base import MANY, Options
+from shoestring.data.readers.base import Options
 from shoestring.data.records import Picture, Rejection
 from shoestring.runtime import UserError
 
 SIDE = 64
+MANY = 5_000
+"""Pictures of ``shapes`` by default."""
 
 
 def _png(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:

@@ -18,6 +18,8 @@ class FolderReader:
 
     kind = "folder"
     credit = ""
+    folder: Path
+    table: Path | None
 
     def __init__(self, path: str, options: Options) -> None:
         """Look for the folder.
@@ -32,9 +34,6 @@ class FolderReader:
         self.path, self.options = path, options
         self.folder, self.table = Path(path), None
         _check_folder(self.folder)
-
-    folder: Path
-    table: Path | None
 
     @cached_property
     def _found(self) -> tuple[list[Item], list[Rejection]]:

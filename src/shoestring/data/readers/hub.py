@@ -163,9 +163,8 @@ class HubReader:
         huggingface_hub.logging.set_verbosity_error()
         self.path, self.options = path, options
         found = _load_saved(path) if Path(path).is_dir() else _load_hub(path)
-        self._parts = _choose(path, found, options.split)
         self._data: dict[str, Any] = {}
-        for split, data in self._parts.items():
+        for split, data in _choose(path, found, options.split).items():
             features: dict[str, Any] = data.features or dict.fromkeys(next(iter(data), {}))
             names = {key: list(value.names) for key, value in features.items() if hasattr(value, "names")}
             self._plan = plan(f"hf:{path}", list(features), options, names)

@@ -18,14 +18,13 @@ from typing import Any, BinaryIO, cast
 
 from shoestring.data.captions import check_names, numbers_of, texts_of
 from shoestring.data.folder import NO_CAPTION, SUFFIXES
-from shoestring.data.readers.base import NO_PICTURE, Options
+from shoestring.data.readers.base import NO_PICTURE, TARS, Options
 from shoestring.data.records import Picture, Rejection
 from shoestring.runtime import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "text", "caption")
 TAR_CUT = "tar cut"
-ENDINGS = (".tar", ".tar.gz", ".tgz")
 TIMEOUT_S = 60
 WAITS_S = (1.0, 4.0)
 """Before the second and the third try of a connection."""
@@ -163,9 +162,11 @@ class WebDatasetReader:
             return Rejection(name, "its JSON cannot be read", NO_CAPTION)
         if self.options.id is not None and fields.get(self.options.id) is not None:
             name = str(fields[self.options.id])
-        return Picture(
-            name, files[image], self._captions(files, fields), numbers_of(fields, self.options.numbers)
-        )
+        try:
+            captions = self._captions(files, fields)
+        except UnicodeDecodeError as error:
+            return Rejection(name, f"its caption is not UTF-8 text: {error}", NO_CAPTION)
+        return Picture(name, files[image], captions, numbers_of(fields, self.options.numbers))
 
     def _captions(self, files: dict[str, bytes], fields: dict[str, Any]) -> tuple[str, ...]:
         named = self.options.captions
@@ -173,7 +174,7 @@ class WebDatasetReader:
         for name in named or (*TEXTS, "cls"):
             value = fields.get(name)
             if name in files:
-                value = files[name].decode("utf-8-sig", "replace")
+                value = files[name].decode("utf-8-sig")
             texts = texts_of(value) or ()
             if texts and not named:
                 return texts
@@ -253,7 +254,7 @@ def _open(tar: str) -> Any:
 
 def _tars(path: str) -> Sequence[str]:
     if "://" not in path and Path(path).is_dir():
-        tars = sorted(str(file) for file in Path(path).rglob("*") if file.name.endswith(ENDINGS))
+        tars = sorted(str(file) for file in Path(path).rglob("*") if file.name.endswith(TARS))
         if not tars:
             raise UserError(f"{path} holds no tar; give a folder of tars or a pattern: {{0000..0010}}.tar")
         return tars
