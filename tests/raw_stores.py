@@ -164,3 +164,18 @@ def prepare_in_a_process(raw: str, out: str) -> None:
     """For tests that kill it."""
     torch.set_num_threads(1)
     prepare(Store(raw), out, *job_of_tests())
+
+
+def prepare_through_ray(raw: str, out: str, address: str) -> None:
+    """The same, through a Ray that runs already."""
+    from shoestring.data.precompute_ray import RayEngine
+
+    prepare(Store(raw), out, *job_of_tests(), RayEngine(workers=2, address=address))
+
+
+def journal_lines(out: Path) -> int:
+    """How many units a running precompute has finished, and one."""
+    try:
+        return (out / ".work" / "prepare" / "journal.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0

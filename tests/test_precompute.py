@@ -400,6 +400,14 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(raw: Store, tmp_path: 
     assert len(rows_of(store, "moments_16")) == 40
 
 
+def test_the_unfinished_store_of_another_command_is_left_alone(raw: Store, tmp_path: Path) -> None:
+    from shoestring.data.journal import Journal, work_folder
+
+    Journal(work_folder(str(tmp_path / "out"), "ingest"), {"size": 1}).close()
+    with pytest.raises(UserError, match=r"out is unfinished work of another command .ingest."):
+        prepare(raw, str(tmp_path / "out"), JOB, MAKERS)
+
+
 def test_two_commands_do_not_work_on_one_store(raw: Store, tmp_path: Path) -> None:
     from shoestring.data.journal import Journal, work_folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raw_stores import job_of_tests, make_raw, prepare_in_a_process
+from raw_stores import job_of_tests, journal_lines, make_raw, prepare_in_a_process
 from shoestring.data.precompute import prepare
 from shoestring.data.store import Store
 
@@ -33,8 +33,8 @@ def test_killed_twenty_times_it_ends_as_an_undisturbed_run(
         process.start()
         # Most of the time while it starts or computes, sometimes late enough for the commit.
         deadline = time.monotonic() + 60
-        lines = _lines(out)
-        while _lines(out) == lines and process.is_alive() and draw.random() > 0.002:
+        lines = journal_lines(out)
+        while journal_lines(out) == lines and process.is_alive() and draw.random() > 0.002:
             time.sleep(0.005)
             assert time.monotonic() < deadline
         process.join(draw.choice([0, 0.05, 0.2, 0.5]))
@@ -52,14 +52,6 @@ def test_killed_twenty_times_it_ends_as_an_undisturbed_run(
     assert not (out / ".work" / "prepare").exists()
     files = list((out / "records" / "data").iterdir())
     assert len(files) == len(Store(str(out)).records.get_fragments())
-
-
-def _lines(out: Path) -> int:
-    journal = out / ".work" / "prepare" / "journal.jsonl"
-    try:
-        return journal.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
 
 
 def _same(store: Store, whole: Store) -> None:

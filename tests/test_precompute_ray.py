@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -11,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from raw_stores import MeanCodec, MeanColour, SlowCodec, WordText, job_of_tests, make_raw
+from raw_stores import (
+    MeanCodec,
+    MeanColour,
+    SlowCodec,
+    WordText,
+    job_of_tests,
+    journal_lines,
+    make_raw,
+    prepare_through_ray,
+)
 from shoestring.data.precompute import prepare
 from shoestring.data.store import Store
 from shoestring.data.units import Makers
@@ -26,16 +36,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def _local_ray() -> Iterator[None]:
-    environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": environment},
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # Workers, also those of other drivers, find the helpers of the tests.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
 
 
 def makers(folder: Path) -> Makers:
@@ -61,11 +68,10 @@ def test_two_workers_one_killed_in_the_middle(tmp_path: Path) -> None:
     whole = prepare(raw, str(tmp_path / "whole"), job, alone)
     pids = tmp_path / "pids"
     pids.mkdir()
-    journal = tmp_path / "out" / ".work" / "prepare" / "journal.jsonl"
     killed: list[int] = []
 
     def kill() -> None:
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
+        while journal_lines(tmp_path / "out") < 6:
             time.sleep(0.01)
         pid = max(pids.iterdir(), key=lambda file: file.stat().st_mtime).name.removeprefix("pid")
         os.kill(int(pid), signal.SIGKILL)
@@ -77,6 +83,26 @@ def test_two_workers_one_killed_in_the_middle(tmp_path: Path) -> None:
     assert killed
     same(store, whole)
     assert len(list((tmp_path / "out" / "records" / "data").iterdir())) == 30
+
+
+def test_a_driver_that_is_killed_goes_on(tmp_path: Path) -> None:
+    raw = make_raw(tmp_path / "raw", rows=160, unit_rows=8)
+    whole = prepare(raw, str(tmp_path / "whole"), *job_of_tests())
+    out, lines = tmp_path / "out", 0
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["torch", "shoestring.data.precompute", "raw_stores", "ray.data"])
+    address = ray.get_runtime_context().gcs_address
+    for _ in range(2):
+        process = processes.Process(target=prepare_through_ray, args=(raw.uri, str(out), address))
+        process.start()
+        while journal_lines(out) < lines + 3:
+            assert process.is_alive()
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        lines = journal_lines(out)
+    same(prepare(raw, str(out), *job_of_tests(), RayEngine(workers=2)), whole)
 
 
 def test_a_job_goes_on_under_the_other_engine(tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ def test_tars_local_and_packed(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(tar_of(samples(0, 2))))
     assert list(pictures(open_reader(str(packed)))) == ["02/00000", "02/00001"]
     assert len(pictures(open_reader(str(tmp_path)))) == 7
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "00.tar").write_bytes(tar_of(samples(0, 3)))  # same name, same keys
+    assert len(pictures(open_reader(str(tmp_path)))) == 10
 
 
 def test_samples_that_lack_something(tmp_path: Path) -> None:

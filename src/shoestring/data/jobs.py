@@ -87,12 +87,19 @@ def existing(uri: str, journal: str) -> Store | None:
         The store; ``None`` if there is nothing, or what the same job left when it was killed.
 
     Raises:
-        UserError: if there is part of a store that the job did not begin.
+        UserError: if there is part of a store, or the work of another job.
     """
     if table_exists(child(uri, "manifest")):
         return Store(uri)
+    folder = work_folder(uri, journal)
+    others = [path.parent.name for path in folder.parent.glob("*/journal.jsonl") if path.parent != folder]
+    if others:
+        raise UserError(
+            f"{uri} is unfinished work of another command ({others[0]}); give that command again, or choose "
+            "another --out"
+        )
     half = [name for name in TABLES if table_exists(child(uri, name))]
-    if half and not (work_folder(uri, journal) / "journal.jsonl").exists():
+    if half and not (folder / "journal.jsonl").exists():
         raise UserError(
             f"{uri} holds {', '.join(half)} of a store, but neither its manifest nor the journal of a "
             "command that could go on; put it back from a copy, or begin anew with another --out"

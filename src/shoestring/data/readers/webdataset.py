@@ -55,6 +55,10 @@ class WebDatasetReader:
         if path.startswith("pipe:"):
             raise UserError(f"webdataset:{path}: programs are not started; give files or URLs of tars")
         self.tars = _tars(path)
+        bare = [re.sub(r"\.(tar|tgz|tar\.gz)$", "", tar.split("?")[0]) for tar in self.tars]
+        short = [PurePosixPath(name).name for name in bare]
+        # Tars of one name in several folders must not make equal ids.
+        self._stems = dict(zip(self.tars, short if len(set(short)) == len(short) else bare, strict=True))
         absent = [tar for tar in self.tars if "://" not in tar and not Path(tar).is_file()]
         if absent:
             raise UserError(
@@ -101,7 +105,7 @@ class WebDatasetReader:
             time.sleep(wait)
 
     def _once(self, tar: str) -> Iterator[Sample | Rejection]:
-        stem = re.sub(r"\.(tar|tgz|tar\.gz)$", "", PurePosixPath(tar.split("?")[0]).name)
+        stem = self._stems[tar]
         key: str | None = None
         files: dict[str, bytes] = {}
         usual: set[str] = set()  # endings of the sample before
