@@ -12,6 +12,7 @@ alternate; the fastest of each counts.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from shoestring.data.store_rows import Mixing, StoreData
 from shoestring.data.tables import child, commit_new, write_piece
 from shoestring.encoders.image import PixelCodec
 from shoestring.interfaces import Identity
+from shoestring.runtime import write_text
 
 UNIT, WIDTH, LONGEST = 1024, 1024, 28
 SQUARE = ((256, 256),)
@@ -234,8 +236,8 @@ def drop_pages(folder: Path) -> None:
             os.close(handle)
 
 
-def measure(folder: Path, rows: int, batch: int, batches: int, turns: int) -> None:
-    """Print the table."""
+def measure(folder: Path, rows: int, batch: int, batches: int, turns: int) -> list[dict[str, object]]:
+    """Print the table; returns its rows."""
     uri = folder / "store"
     store = Store(str(uri)) if (uri / "manifest").exists() else build(uri, rows, SQUARE)
     rows = len(store)
@@ -264,6 +266,10 @@ def measure(folder: Path, rows: int, batch: int, batches: int, turns: int) -> No
     for name in ways:
         warm, cold = best[name, "warm"], best[name, "cold"]
         print(f"{name:>16} {warm:9,.0f} {cold:9,.0f}  {warm / best['shoestring', 'warm']:.2f}")
+    return [
+        {"loader": name, "warm_per_s": best[name, "warm"], "cold_per_s": best[name, "cold"], "bytes": size}
+        for name in ways
+    ]
 
 
 def resident_mb() -> float:
@@ -272,18 +278,20 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def memory(folder: Path, rows: int, batch: int, epochs: int) -> None:
-    """Print how memory grows over epochs of a store with three shapes."""
+def memory(folder: Path, rows: int, batch: int, epochs: int) -> list[dict[str, object]]:
+    """Print how memory grows over epochs of a store with three shapes; returns the rows."""
     uri = folder / "buckets"
     store = Store(str(uri)) if (uri / "manifest").exists() else build(uri, rows, WIDE)
     data = data_of(store)
-    per_epoch = len(store) // batch
+    per_epoch, table = len(store) // batch, []
     for epoch in range(epochs):
         for k in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             data.batch(0, k * batch, batch)
         if epoch in (0, 1, 4, 9, 19, 29, 39, epochs - 1):
+            table.append({"epoch": epoch + 1, "resident_mb": resident_mb()})
             print(f"epoch {epoch + 1:3}: {resident_mb():7.1f} MB", flush=True)
     data.close()
+    return table
 
 
 def main() -> None:
@@ -298,12 +306,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.memory:
-        memory(options.folder, min(options.rows, 3_000), 64, options.epochs)
+        table = memory(options.folder, min(options.rows, 3_000), 64, options.epochs)
     else:
-        measure(options.folder, options.rows, options.batch, options.batches, options.turns)
+        table = measure(options.folder, options.rows, options.batch, options.batches, options.turns)
+    if options.json is not None:
+        write_text(options.json, json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

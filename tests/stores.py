@@ -93,7 +93,8 @@ def make_store(
     )
     text_pieces = [write_piece(child(uri, "texts"), texts_table)] if count else []
     texts = commit_new(child(uri, "texts"), texts_table.schema, text_pieces)
-    sums = [("records", f) for p in pieces for f in p.files] + [("texts", f) for p in text_pieces for f in p.files]
+    written = (("records", pieces), ("texts", text_pieces))
+    sums = [(table, file) for table, parts in written for piece in parts for file in piece.files]
     manifest = Manifest(
         made_by="test",
         records=rows,

@@ -10,13 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
 from shoestring.config import DataConfig
-from shoestring.data.records import CaptionedImages, split_by_picture
 from shoestring.data.sources import load
 from shoestring.runtime import UserError
 from shoestring.sampling.generate import class_number
@@ -239,23 +236,3 @@ def test_the_number_of_a_class():
     assert class_number("2", ("5", "2"), 2) == 1  # a name wins over a number
     with pytest.raises(UserError, match=r"a class is a number from 0 to 9$"):
         class_number("12", (), 10)
-
-
-@given(st.integers(0, 2**31), st.integers(1, 40), st.floats(0, 1))
-def test_pictures_are_split_and_not_captions(seed, count, held_out):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 3, (count, 3, 1, 1), dtype=torch.uint8, generator=generator)
-    data = CaptionedImages(images, tuple(NAMES[i % 3] for i in range(count)))
-    splits = split_by_picture(data, held_out)
-    sides = [
-        [tuple(image.flatten().tolist()) for image in side.images] for side in (splits.train, splits.held_out)
-    ]
-    assert sides[0]
-    assert len(sides[0]) + len(sides[1]) == count
-    assert not set(sides[0]) & set(sides[1])  # equal pictures stay together
-    if held_out == 0:
-        assert not sides[1]
-    more = CaptionedImages(torch.cat([images, images.flip(0)]), data.captions * 2)
-    assert set(sides[1]) <= {
-        tuple(i.flatten().tolist()) for i in split_by_picture(more, held_out).held_out.images
-    }

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from shoestring.data import folder
-from shoestring.data.pixels import read_image
 from shoestring.data.captions import read_rows
+from shoestring.data.ingest import ingest
+from shoestring.data.pixels import Unusable, decode, fit, read_image
+from shoestring.data.readers import open_reader
+from shoestring.data.records import CaptionedImages, Rejection
 from shoestring.runtime import UserError
 
 
@@ -23,6 +26,24 @@ def add(root: Path, name: str, caption: str | None = "a thing", picture: Image.I
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
+
+
+def load(folder: Path, resolution: int) -> CaptionedImages:
+    """Everything that the reader finds, as squares in memory."""
+    images, captions, rejected = [], [], []
+    for item in open_reader(f"folder:{folder}").items():
+        if isinstance(item, Rejection):
+            rejected.append(item)
+            continue
+        try:
+            images.append(torch.from_numpy(fit(decode(item.data, resolution), resolution, resolution)))
+            captions.append(item.captions[0])
+        except Unusable as reason:
+            rejected.append(Rejection(item.id, str(reason), "unusable picture"))
+    rejected.sort(key=lambda rejection: rejection.item)
+    return CaptionedImages(
+        torch.stack(images) if images else torch.empty(0), tuple(captions), tuple(rejected)
+    )
 
 
 def reasons(result) -> dict[str, str]:
@@ -50,7 +71,7 @@ def test_captions_beside_pictures_are_found_at_any_depth(tmp_path: Path) -> None
     add(tmp_path, ".hidden/c.png")
     add(tmp_path, "d.png", None)
     add(tmp_path, "e.png", " \n ")
-    result = folder.load(tmp_path, 16)
+    result = load(tmp_path, 16)
     assert result.captions == ("a red apple", "ein Käfer")
     assert result.images.shape == (2, 3, 16, 16)
     assert (result.images[0].reshape(3, -1).T.numpy() == [100, 150, 200]).all()
@@ -76,7 +97,7 @@ def test_every_file_and_row_is_used_or_rejected(tmp_path: Path) -> None:
         {"file_name": "x" * 5000, "caption": "eight"},
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    result = folder.load(tmp_path, 16)
+    result = load(tmp_path, 16)
     assert result.captions == ("one", "two")
     assert len(result.captions) + len(result.rejected) == len(rows)
     why = reasons(result)
@@ -93,7 +114,7 @@ def test_a_caption_file_wins_over_text_and_may_lie_deeper(tmp_path: Path) -> Non
     add(tmp_path, "a.png", "from text")
     add(tmp_path, "sub/b.png", "from text")
     (tmp_path / "sub" / "captions.csv").write_text('file_name,caption\nb.png,"from csv, with a comma"\n')
-    assert folder.load(tmp_path, 8).captions == ("from text", "from csv, with a comma")
+    assert load(tmp_path, 8).captions == ("from text", "from csv, with a comma")
 
 
 def test_parquet_captions(tmp_path: Path) -> None:
@@ -102,7 +123,7 @@ def test_parquet_captions(tmp_path: Path) -> None:
     add(tmp_path, "a.png", None)
     table = pyarrow.table({"path": ["a.png", "b.png"], "text": ["one", None], "width": [1, 2]})
     parquet.write_table(table, tmp_path / "metadata.parquet")
-    result = folder.load(tmp_path, 8)
+    result = load(tmp_path, 8)
     assert result.captions == ("one",)
     assert reasons(result) == {"metadata.parquet line 2": "there is no file b.png"}
 
@@ -130,7 +151,7 @@ def test_an_unreadable_caption_file_is_one_sentence(
     add(tmp_path, "a.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="metadata") as caught:
-        folder.load(tmp_path, 16)
+        load(tmp_path, 16)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -152,7 +173,7 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path: Path) -> None:
 def test_odd_sizes_are_rejected(tmp_path: Path, size: tuple[int, int], reason: str) -> None:
     add(tmp_path, "good.png")
     add(tmp_path, "odd.png", picture=Image.new("1", size))
-    result = folder.load(tmp_path, 16)
+    result = load(tmp_path, 16)
     assert len(result) == 1
     assert reason in reasons(result)["odd.png"]
 
@@ -168,7 +189,7 @@ def test_corrupt_truncated_and_bomb_pictures_are_rejected(tmp_path: Path, monkey
     bomb = png16(1, 1, 0, [0])
     bomb = bomb[:12] + header + struct.pack(">I", zlib.crc32(header)) + bomb[33:]
     add(tmp_path, "bomb.png").write_bytes(bomb)
-    result = folder.load(tmp_path, 16)
+    result = load(tmp_path, 16)
     assert len(result) == 1
     why = reasons(result)
     assert set(why) == {"cut.png", "text.jpg", "empty.gif", "script.png", "bomb.png"}
@@ -180,14 +201,14 @@ def test_large_photos_are_accepted_quietly(tmp_path: Path, monkeypatch, recwarn)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000 * 1000)
     photo = Image.new("RGB", (1500, 1000), (10, 200, 30))
     add(tmp_path, "photo.jpg", picture=photo)
-    result = folder.load(tmp_path, 32)
+    result = load(tmp_path, 32)
     assert abs(result.images[0, :, 16, 16].numpy().astype(int) - [10, 200, 30]).max() <= 3
     assert not [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]
 
 
 def one(tmp_path: Path, resolution: int = 8) -> np.ndarray:
     """The only picture of the folder, rows first."""
-    return folder.load(tmp_path, resolution).images[0].numpy().transpose(1, 2, 0).astype(int)
+    return load(tmp_path, resolution).images[0].numpy().transpose(1, 2, 0).astype(int)
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
@@ -204,7 +225,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
 def test_float_pixels_are_rejected(tmp_path: Path) -> None:
     add(tmp_path, "good.png")
     add(tmp_path, "f.tiff", picture=Image.new("F", (10, 10), 0.5))
-    assert "no known white" in reasons(folder.load(tmp_path, 8))["f.tiff"]
+    assert "no known white" in reasons(load(tmp_path, 8))["f.tiff"]
 
 
 def test_cmyk_palette_and_transparency(tmp_path: Path) -> None:
@@ -260,14 +281,14 @@ def test_no_folder_and_no_pictures(tmp_path: Path, make: bool) -> None:
     if make:
         path.mkdir()
         (path / "notes.pdf").write_text("x")
-    with pytest.raises(UserError, match="no usable picture" if make else "not a folder"):
-        folder.load(path, 16)
+    with pytest.raises(UserError, match="there is no picture in it" if make else "not a folder"):
+        ingest(open_reader(f"folder:{path}"), str(tmp_path / "out"))
 
 
 def test_all_rejected_names_the_first_reasons(tmp_path: Path) -> None:
     add(tmp_path, "a.png", None)
-    with pytest.raises(UserError, match=r"1 rejected \(a.png: no caption\)"):
-        folder.load(tmp_path, 16)
+    with pytest.raises(UserError, match=r"a\.png: no caption"):
+        ingest(open_reader(f"folder:{tmp_path}"), str(tmp_path / "out"))
 
 
 def test_one_picture_alone(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from shoestring.config.schema import DataConfig
 from shoestring.data.records import CaptionedImages, Rejection, share_of, split_by_caption
@@ -65,18 +64,9 @@ def test_the_hash_is_the_same_in_every_process() -> None:
     assert share_of("a red apple", "keep") != share_of("a red apple", "held-out")
 
 
-def test_a_folder_of_one_picture_trains(tmp_path: Path) -> None:
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("red")
-    splits = load(DataConfig(source="folder", path=str(tmp_path), held_out=0.9), 16)
-    assert splits.train.captions == ("red",)
-    assert len(splits.held_out) == 0
-    assert splits.held_out.images.shape == (0, 3, 16, 16)
-
-
 def test_settings_that_do_not_fit_the_source() -> None:
     with pytest.raises(UserError, match=r"data\.path is not set"):
-        load(DataConfig(source="folder"), 16)
+        load(DataConfig(source="cifar10"), 16)
     with pytest.raises(UserError, match=r"add data\.source=folder"):
         load(DataConfig(source="shapes", path="my_pics"), 32)
 

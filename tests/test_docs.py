@@ -1,4 +1,4 @@
-"""The commands of the README, run one after another as a reader would, on small pictures."""
+"""The commands of the README and of docs/data.md, run one after another as a reader would, on small data."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from PIL import Image
+
+from shoestring.data.cifar10 import FILES
+from shoestring.data.store import Store
 
 # What makes a training small; everything else is as the README says.
 SMALL = [
@@ -31,9 +36,9 @@ SMALL = [
 ELSEWHERE = ("make ", "source ")
 
 
-def readme_commands(root: Path) -> list[str]:
-    """The shell lines of the README, in order, without their comments."""
-    blocks = re.findall(r"```sh\n(.*?)```", (root / "README.md").read_text(), re.S)
+def commands_of(page: Path) -> list[str]:
+    """The shell lines of a page, in order, without their comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
     lines = [re.sub(r"\s{2,}# .*", "", line).strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith(ELSEWHERE)]
 
@@ -56,8 +61,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures = place / "my_pics"
     pictures.mkdir()
     rng = np.random.default_rng(0)
-    for i in range(12):
-        Image.fromarray(rng.integers(0, 255, (70, 80, 3), dtype=np.uint8)).save(pictures / f"{i}.png")
+    for i in range(24):
+        shape = ((70, 80, 3), (90, 48, 3))[i % 2]
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(pictures / f"{i}.png")
         (pictures / f"{i}.txt").write_text(f"a picture number {i}")
     run(
         place,
@@ -83,7 +89,7 @@ def run(place: Path, command: list[str], out: Path | None = None) -> str:
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_work_in_order(root: Path, workplace: Path) -> None:
-    commands = readme_commands(root)
+    commands = commands_of(root / "README.md")
     assert len(commands) >= 6
     for command in commands:
         plain, _, target = command.partition(" > ")
@@ -91,3 +97,28 @@ def test_the_commands_of_the_readme_work_in_order(root: Path, workplace: Path) -
         run(workplace, words, workplace / target if target else None)
     assert (workplace / "runs" / "demo-my_pics" / "config.yaml").exists()
     assert list((workplace / "samples").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_the_walk_of_the_data_page_works_in_order(root: Path, shared: Path, workplace: Path) -> None:
+    cifar = workplace / "cifar"
+    cifar.mkdir()
+    for name in FILES:
+        with pyarrow.parquet.ParquetFile(shared / "data" / name) as file:
+            rows = pa.Table.from_batches([next(file.iter_batches(96))])
+            pyarrow.parquet.write_table(rows, cifar / name)
+    commands = commands_of(root / "docs" / "data.md")
+    assert len(commands) >= 14
+    for command in commands:
+        said = run(workplace, small_version(command))
+        if command.startswith("shoestring data verify"):
+            assert said.rstrip().endswith("is whole")
+    assert Store(str(workplace / "photos-32")).manifest.records == 96
+    assert len(Store(str(workplace / "mine-32")).manifest.latents[0].buckets) == 2
+    assert [column.name for column in Store(str(workplace / "mine-32")).manifest.text] == [
+        "minilm",
+        "hashing",
+    ]
+    for name in ("photos.png", "mine.png"):
+        with Image.open(workplace / name) as sheet:
+            assert min(sheet.size) > 200

@@ -146,6 +146,9 @@ def prepare(
         list[int] | None, typer.Option(help="side in pixels (of a square of equal area); may be repeated")
     ] = None,
     buckets: Annotated[int | None, typer.Option(help="shapes by aspect ratio; 1 = squares", min=1)] = None,
+    bucket_aspect: Annotated[
+        float | None, typer.Option(help="longer side by shorter of the longest shapes [default: 4]")
+    ] = None,
     multiple: Annotated[int | None, typer.Option(help="sides of buckets are multiples of it", min=1)] = None,
     min_bucket: Annotated[
         int | None, typer.Option(help="pictures of rarer buckets go to the nearest larger one", min=1)
@@ -193,6 +196,7 @@ def prepare(
     data = cast(DataConfig, chosen.get("data", DataConfig())).model_dump()
     given = {
         "buckets": buckets,
+        "bucket_aspect": bucket_aspect,
         "flip": flip,
         "codec": codec,
         "codec_path": codec_path,

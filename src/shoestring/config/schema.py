@@ -231,6 +231,7 @@ class DataConfig(Frozen):
     cache: str | None = setting("store behind a URL: local folder for its blocks; null = in the run", None)
     cache_gb: Positive = setting("store behind a URL: what the local blocks may take", 20.0)
     buckets: int = setting("folder: shapes of pictures by aspect ratio; 1 = squares", 1, ge=1, le=99)
+    bucket_aspect: float = setting("folder: longer side by shorter of the longest shapes", 4.0, ge=1, le=8)
     max_captions: int | None = setting(
         "openmoji, shapes: train on this many captions (chosen by hash); null = all; a folder is used whole",
         None,

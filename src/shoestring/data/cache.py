@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from shoestring.data.tables import cannot_write
 
+PART = ".part"
+"""Ends the names of files that are being written."""
+
 
 class BlockCache:
     """Reads rows of tables by whole blocks, which are kept as Arrow files and dropped oldest first.
@@ -37,16 +40,19 @@ class BlockCache:
         self._fetching: dict[Path, threading.Lock] = {}
         self.fetched = 0
         """Blocks read from the stores so far."""
+        for path in folder.glob(f"*{PART}"):  # of a run that was killed
+            path.unlink(missing_ok=True)
         for path in sorted(folder.glob("*.arrow"), key=lambda p: p.stat().st_mtime):
             self._sizes[path] = path.stat().st_size
 
-    def take(self, table: Any, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Rows of a table, in the order asked for.
+    def take(self, table: Any, rows: NDArray[np.int64], columns: Sequence[str], of: str) -> pa.Table:
+        """Rows of a table.
 
         Args:
             table: a ``lance.LanceDataset``, at the version that is wanted.
-            rows: numbers of rows.
+            rows: numbers of rows, ascending.
             columns: names.
+            of: digest of the store: another one may have been made at the same address.
 
         Returns:
             One row each.
@@ -54,18 +60,17 @@ class BlockCache:
         Raises:
             UserError: if the cache cannot be written.
         """
-        order = np.argsort(rows, kind="stable")
-        blocks, starts = np.unique(rows[order] // self.block, return_index=True)
+        blocks, starts = np.unique(rows // self.block, return_index=True)
         parts = []
-        for number, places in zip(blocks.tolist(), np.split(order, starts[1:]), strict=True):
-            whole = self._block(table, number, columns)
-            parts.append(whole.take(pa.array(rows[places] - number * self.block)))
-        back = np.empty(len(rows), dtype=np.int64)
-        back[order] = np.arange(len(rows))
-        return pa.concat_tables(parts).combine_chunks().take(pa.array(back))
+        for number, part in zip(blocks.tolist(), np.split(rows, starts[1:]), strict=True):
+            whole = self._block(table, number, columns, of)
+            parts.append(whole.take(pa.array(part - number * self.block)))
+        if not parts:
+            return table.schema.empty_table().select(list(columns))
+        return pa.concat_tables(parts)
 
-    def _block(self, table: Any, number: int, columns: Sequence[str]) -> pa.Table:
-        name = f"{table.uri}\n{table.version}\n{number}\n{self.block}\n{sorted(columns)}"
+    def _block(self, table: Any, number: int, columns: Sequence[str], of: str) -> pa.Table:
+        name = f"{of}\n{table.uri}\n{table.version}\n{number}\n{self.block}\n{sorted(columns)}"
         path = self.folder / f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.arrow"
         with self._lock:
             mine = self._fetching.setdefault(path, threading.Lock())
@@ -90,7 +95,7 @@ class BlockCache:
         whole = table.to_table(columns=list(columns), offset=first, limit=count)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=PART)
             with os.fdopen(handle, "wb") as file, pa.ipc.new_file(file, whole.schema) as writer:
                 writer.write_table(whole)
             Path(temporary).replace(path)
@@ -99,6 +104,7 @@ class BlockCache:
         with self._lock:
             self.fetched += 1
             self._sizes[path] = path.stat().st_size
+            self._sizes.move_to_end(path)
             while len(self._sizes) > 1 and sum(self._sizes.values()) > self.limit_bytes:
                 oldest, _ = self._sizes.popitem(last=False)
                 oldest.unlink(missing_ok=True)

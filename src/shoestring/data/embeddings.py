@@ -64,42 +64,77 @@ def quantise(values_SD: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[
     return np.clip(np.rint(values_SD / divisor_S[:, None]), -127, 127).astype(np.int8), scale_S
 
 
-def unpack(column: TextColumn, rows: pa.Table) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def unpack(
+    column: TextColumn, rows: pa.Table, order_B: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Embeddings back from the store.
 
     Args:
         column: how they are stored.
         rows: with the columns ``column.columns``.
+        order_B: numbers of the rows wanted, which may repeat; ``None`` = each once.
 
     Returns:
-        Float32 ``B S D``, where S is the longest stored caption, and the mask of real tokens ``B S``; what
-        was not stored is zero.
+        Float32 ``B S D``, where S is the longest stored caption wanted, and the mask of real tokens ``B S``;
+        what was not stored is zero.
+
+    Raises:
+        ValueError: if the values do not have the bytes of their tokens.
     """
-    tokens = _buffers(rows[column.columns[0]])
-    true_B = rows[column.columns[-1]].to_numpy()
-    width = column.width * (1 if column.dtype == "int8" else 2)
-    stored_B = np.array([len(row) // width for row in tokens], dtype=np.int64)
-    longest = int(stored_B.max(initial=1))
-    text_BSD = np.zeros((len(tokens), longest, column.width), dtype=np.float32)
-    if column.dtype == "float16":
-        for b, (row, count) in enumerate(zip(tokens, stored_B, strict=True)):
-            text_BSD[b, :count] = np.frombuffer(row, np.float16).reshape(count, column.width)
-    else:
-        scales = _buffers(rows[column.columns[1]])
-        for b, (row, scale, count) in enumerate(zip(tokens, scales, stored_B, strict=True)):
-            ints_SD = np.frombuffer(row, np.int8).reshape(count, column.width)
+    order_B = np.arange(rows.num_rows) if order_B is None else order_B
+    tokens, first = flat(rows[column.columns[0]], np.int8 if column.dtype == "int8" else np.float16)
+    if (first % column.width).any():
+        raise ValueError(f"embeddings {column.name} are no whole number of {column.width} values")
+    values_TD, first = tokens.reshape(-1, column.width), first // column.width
+    count_B = np.diff(first)[order_B]
+    longest = int(count_B.max(initial=1))
+    text_BSD = np.zeros((len(order_B), longest, column.width), dtype=np.float32)
+    scale_T1 = None
+    if column.dtype == "int8":
+        scales, scale_first = flat(rows[column.columns[1]], np.float16)
+        if not np.array_equal(scale_first, first):
+            raise ValueError(f"embeddings {column.name} have other numbers of tokens and of scales")
+        scale_T1 = scales.astype(np.float32)[:, None]
+    for b, (start, count) in enumerate(zip(first[order_B].tolist(), count_B.tolist(), strict=True)):
+        if scale_T1 is None:
+            text_BSD[b, :count] = values_TD[start : start + count]
+        else:  # straight into place: the batch is the largest thing in the loader
             np.multiply(
-                ints_SD, np.frombuffer(scale, np.float16).astype(np.float32)[:, None], text_BSD[b, :count]
+                values_TD[start : start + count], scale_T1[start : start + count], text_BSD[b, :count]
             )
+    true_B = rows[column.columns[-1]].to_numpy()[order_B]
     return text_BSD, np.arange(longest)[None] < true_B[:, None]
 
 
-def _buffers(column: pa.ChunkedArray) -> list[memoryview]:
-    """Every value of a binary column, without copying."""
-    views: list[memoryview] = []
-    for chunk in column.chunks:
-        _, offsets, data = chunk.buffers()
-        at = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-        whole = memoryview(data) if data is not None else memoryview(b"")
-        views += [whole[a:b] for a, b in zip(at[:-1].tolist(), at[1:].tolist(), strict=True)]
-    return views
+def flat(column: pa.ChunkedArray, dtype: type[np.generic]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The contents of a binary column, one after another.
+
+    Args:
+        column: values of whole numbers of items.
+        dtype: of the items.
+
+    Returns:
+        All items, without a copy where the column is in one piece, and where each value begins; the last
+        entry is where the last value ends.
+
+    Raises:
+        ValueError: if a value is no whole number of items.
+    """
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    size = np.dtype(dtype).itemsize
+    if pa.types.is_fixed_size_binary(array.type):
+        at = (array.offset + np.arange(len(array) + 1)) * array.type.byte_width
+    else:
+        kind = np.int64 if pa.types.is_large_binary(array.type) else np.int32
+        offsets = array.buffers()[1]
+        at = np.zeros(1, np.int64)
+        if offsets is not None and len(array):
+            at = np.frombuffer(offsets, kind)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    first = at - at[0]
+    if (first % size).any():
+        raise ValueError(f"values of {size} bytes each are cut in the middle")
+    data = array.buffers()[-1]
+    if data is None or not first[-1]:
+        return np.zeros(0, dtype), first // size
+    return np.frombuffer(data, dtype, count=int(first[-1]) // size, offset=int(at[0])), first // size

@@ -9,17 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-import torch
-
 from shoestring.data.captions import DEFAULT, READERS, Columns, Row, plain, read_rows
-from shoestring.data.pixels import Unusable, decode, fit
-from shoestring.data.records import CaptionedImages, Rejection
+from shoestring.data.records import Rejection
 from shoestring.runtime import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 CAPTION_STEMS = ("metadata", "captions")
-MAX_SHOWN = 3
 NO_CAPTION = "no caption"
 UNUSABLE = "unusable picture"
 
@@ -33,55 +28,6 @@ class Item:
     path: Path
     captions: tuple[str, ...]
     numbers: dict[str, float]
-
-
-def load(folder: Path, resolution: int) -> CaptionedImages:
-    """Read all captioned pictures below a folder.
-
-    A caption file (``metadata`` or ``captions`` with the ending .jsonl, .csv or .parquet) names pictures
-    relative to where it lies, and wins over ``NAME.txt`` beside a picture. Hidden files are skipped.
-
-    Args:
-        folder: where the pictures are.
-        resolution: side in pixels; the shortest side is resized to it (Lanczos), the middle is kept.
-
-    Returns:
-        The pictures in the order of their names. Every picture file and every row of a caption file is
-        either a picture of the result or listed in ``rejected``.
-
-    Raises:
-        UserError: if the folder does not exist, a caption file cannot be read, or no picture is usable.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"data.path is {str(folder)!r}, which is not a folder; give the folder of your pictures"
-        )
-    items, rejected = collect(folder)
-    several = next((item.name for item in items if len(item.captions) > 1), None)
-    if several is not None:
-        raise UserError(
-            f"data.path: {several} has several captions, but pictures that are read into memory have one "
-            "each; make a store of the folder with: shoestring data ingest"
-        )
-    # Memory is only taken where it is written, so the rows of pictures that turn out corrupt are free.
-    images = np.empty((len(items), 3, resolution, resolution), dtype=np.uint8)
-    captions: list[str] = []
-    for item in items:
-        try:
-            images[len(captions)] = fit(decode(item.path, resolution), resolution, resolution)
-            captions.append(item.captions[0])
-        except Unusable as reason:
-            rejected.append(Rejection(item.name, str(reason), UNUSABLE))
-    rejected.sort(key=lambda rejection: rejection.item)
-    if not captions:
-        shown = "; ".join(f"{r.item}: {r.reason}" for r in rejected[:MAX_SHOWN])
-        nothing = f"no file ends in {', '.join(sorted(SUFFIXES))}"
-        found = f"{len(rejected)} rejected ({shown})" if rejected else nothing
-        raise UserError(
-            f"data.path: no usable picture in {str(folder)!r}, {found}; a picture needs a caption in "
-            "NAME.txt beside it or in metadata.jsonl, .csv or .parquet"
-        )
-    return CaptionedImages(torch.from_numpy(images[: len(captions)]), tuple(captions), tuple(rejected))
 
 
 def collect(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,10 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shoestring.data.cache import BlockCache
-from shoestring.data.embeddings import unpack
+from shoestring.data.embeddings import flat, unpack
 from shoestring.data.manifest import CaptionsColumn, LatentsColumn, TextColumn
 from shoestring.data.records import share_of
 from shoestring.data.store import Store
+from shoestring.data.tables import reading
 from shoestring.runtime import UserError
 
 Rows = NDArray[np.int64]
@@ -45,16 +47,20 @@ class Member:
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.rows)
 
-    def _take(self, table: Any, rows: Rows, columns: Sequence[str]) -> pa.Table:
-        """Rows in the order asked for; each is read once."""
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Whatever fails here, also in a thread that works ahead, is a sentence."""
+        advice = f"to find what is damaged: shoestring data verify {self.store.uri}"
+        with reading(f"records of {self.store.uri}", advice=advice):
+            yield
+
+    def _take(self, table: Any, rows: Rows, columns: Sequence[str]) -> tuple[pa.Table, Rows]:
+        """Each of some rows once, in ascending order, and which of them each place is."""
         unique, back = np.unique(rows, return_inverse=True)
-        if self.cache is not None:
-            found = self.cache.take(table, unique, columns)
-        else:
-            found = table.take(unique.tolist(), columns=list(columns))
-        return (
-            found if len(unique) == len(rows) and (back[1:] > back[:-1]).all() else found.take(pa.array(back))
-        )
+        with self._reading():
+            if self.cache is not None:
+                return self.cache.take(table, unique, columns, self.store.digest), back
+            return table.take(unique.tolist(), columns=list(columns)), back
 
     def read(
         self, bucket: int, places: Rows, choice: Rows, mirror: NDArray[np.bool_] | None
@@ -70,60 +76,50 @@ class Member:
         Returns:
             Moments ``B M h w`` as stored, and the rows of the texts (-1 where there is no caption).
         """
-        rows = self.rows[bucket][places]
-        columns = [self.latents.column, *(column.column for column in self.captions)]
+        names = [column.column for column in self.captions]
+        columns = [self.latents.column, *names]
         if mirror is not None and self.latents.mirrored:
             columns.append(self.latents.mirror_column)
-        table = self._take(self.store.records, rows, columns)
+        table, back = self._take(self.store.records, self.rows[bucket][places], columns)
         shape = self.latents.shape(bucket)
-        moments = self._values(table[self.latents.column], shape)
+        moments = self._values(table[self.latents.column], shape)[back]  # memory of our own
         if mirror is not None and self.latents.mirrored:
-            mirrored = self._values(table[self.latents.mirror_column], shape)
-            moments = np.where(mirror[:, None, None, None], mirrored, moments)
+            moments[mirror] = self._values(table[self.latents.mirror_column], shape)[back[mirror]]
         elif mirror is not None and self.latents.downsampling == 1:
-            moments = np.where(mirror[:, None, None, None], moments[..., ::-1], moments)
-        return moments, _choose([table[column.column] for column in self.captions], choice)
+            moments[mirror] = moments[mirror][..., ::-1]
+        return moments, _choose([table[name].take(pa.array(back)) for name in names], choice)
+
+    def first_captions(self, bucket: int, places: Rows) -> list[str]:
+        """The first captions of some samples, without their pictures; see :meth:`read`."""
+        names = [column.column for column in self.captions]
+        table, back = self._take(self.store.records, self.rows[bucket][places], names)
+        lists = [table[name].take(pa.array(back)) for name in names]
+        return self.words(_choose(lists, np.zeros(len(places), np.int64)))
 
     def _values(self, column: pa.ChunkedArray, shape: tuple[int, int, int]) -> NDArray[Any]:
-        """Binary values of one length as one array, without a copy for each."""
-        array = column.combine_chunks()
-        array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-        dtype = np.dtype(self.latents.dtype)
-        size = int(np.prod(shape)) * dtype.itemsize
-        buffers = array.buffers()
-        if pa.types.is_fixed_size_binary(array.type):
-            start, total = array.offset * size, len(array) * size
-        else:
-            kind = np.int64 if pa.types.is_large_binary(array.type) else np.int32
-            at = np.frombuffer(buffers[1], kind)[array.offset : array.offset + len(array) + 1]
-            start, total = int(at[0]), int(at[-1] - at[0])
-        if total != len(array) * size:
+        """Binary values of one length as one array, without a copy."""
+        with self._reading():
+            values, first = flat(column, np.dtype(self.latents.dtype).type)
+        size = int(np.prod(shape))
+        if (np.diff(first) != size).any():
             raise UserError(
-                f"{self.store.uri}: moments in {self.latents.column} have not the {size} bytes of their "
-                f"bucket; "
-                f"check it with: shoestring data verify {self.store.uri}"
+                f"{self.store.uri}: moments in {self.latents.column} do not have the {size:,} values of "
+                f"their bucket; check it with: shoestring data verify {self.store.uri}"
             )
-        data = np.frombuffer(buffers[-1], dtype, count=total // dtype.itemsize, offset=start)
-        return data.reshape(len(array), *shape)
+        return values.reshape(-1, *shape)
 
     def embeddings(self, texts: Rows) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Embeddings of rows of the texts, float32 ``B S D``, and the mask of real tokens."""
         assert self.text is not None
-        unique, back = np.unique(texts, return_inverse=True)
-        text_BSD, mask_BS = unpack(self.text, self._take(self.store.texts, unique, self.text.columns))
-        if len(unique) == len(texts) and (back[1:] > back[:-1]).all():
-            return text_BSD, mask_BS
-        return text_BSD[back], mask_BS[back]
+        table, back = self._take(self.store.texts, texts, self.text.columns)
+        with self._reading():
+            return unpack(self.text, table, back)
 
     def words(self, texts: Rows) -> list[str]:
         """The captions themselves, by rows of the texts; -1 is the empty one."""
-        known: Rows = np.unique(texts[texts >= 0])
-        found = dict(
-            zip(
-                known.tolist(), self._take(self.store.texts, known, ["text"])["text"].to_pylist(), strict=True
-            )
-        )
-        return [found.get(row, "") for row in texts.tolist()]
+        table, back = self._take(self.store.texts, texts[texts >= 0], ["text"])
+        words = iter(table["text"].take(pa.array(back)).to_pylist())
+        return [next(words) if row >= 0 else "" for row in texts.tolist()]
 
     @cached_property
     def key(self) -> str:
@@ -180,14 +176,13 @@ def choose_rows(
     """
     held = np.zeros(len(store), dtype=bool)
     if held_out > 0 and split == "pictures":
-        held = np.array(
-            [share_of(key, "held-out") < held_out for key in _column(store, "id").to_pylist()], dtype=bool
-        )
+        ids = store.column("records", "id").to_pylist()
+        held = np.array([share_of(name, "held-out") < held_out for name in ids], dtype=bool)
     elif held_out > 0:
-        words = store.texts.to_table(columns=["text"])["text"].to_pylist()
+        words = store.column("texts", "text").to_pylist()
         share = np.array([share_of(word, "held-out") for word in words])
         first = _choose(
-            [_column(store, column.column) for column in captions], np.zeros(len(store), np.int64)
+            [store.column("records", column.column) for column in captions], np.zeros(len(store), np.int64)
         )
         used = np.unique(first[first >= 0])
         limit = held_out
@@ -200,13 +195,9 @@ def choose_rows(
         )
     bucket = np.zeros(len(store), np.int64)
     if len(latents.buckets) > 1:
-        bucket = _column(store, latents.bucket_column).to_numpy().astype(np.int64)
+        bucket = store.column("records", latents.bucket_column).to_numpy().astype(np.int64)
 
     def sides(chosen: NDArray[np.bool_]) -> tuple[Rows, ...]:
         return tuple(np.flatnonzero(chosen & (bucket == b)) for b in range(len(latents.buckets)))
 
     return sides(~held), sides(held)
-
-
-def _column(store: Store, name: str) -> pa.ChunkedArray:
-    return store.records.to_table(columns=[name])[name]

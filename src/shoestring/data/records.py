@@ -108,26 +108,3 @@ def split_by_caption(
         pictures.select([i for i in rows if pictures.captions[i] in held]),
         credit,
     )
-
-
-def split_by_picture(pictures: CaptionedImages, held_out: float, credit: str = "") -> Splits:
-    """Split by a hash of the pixels: the same captions, or classes, on both sides.
-
-    Equal pictures stay together. The training side gets at least one picture.
-
-    Args:
-        pictures: at least one picture.
-        held_out: share of the pictures to hold out, 0 to 1.
-        credit: passed on.
-
-    Returns:
-        The two sides; pictures keep their order.
-    """
-    shares = [
-        share_of(hashlib.blake2b(image.contiguous().numpy().tobytes()).hexdigest(), "held-out")
-        for image in pictures.images
-    ]
-    limit = held_out if any(share >= held_out for share in shares) else max(shares)
-    train = pictures.select([i for i, share in enumerate(shares) if share >= limit])
-    held = pictures.select([i for i, share in enumerate(shares) if share < limit])
-    return Splits(CaptionedImages(train.images, train.captions, pictures.rejected), held, credit)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shoestring.config.schema import DataConfig
-from shoestring.data import cifar10, folder, openmoji, shapes
-from shoestring.data.records import CaptionedImages, Rejection, Splits, split_by_caption, split_by_picture
+from shoestring.data import cifar10, openmoji, shapes
+from shoestring.data.records import CaptionedImages, Rejection, Splits, split_by_caption
 from shoestring.runtime import UserError
 
 __all__ = ["CaptionedImages", "Rejection", "Splits", "load"]
@@ -28,15 +28,6 @@ def _shapes(config: DataConfig, resolution: int) -> Splits:
     return shapes.load(resolution, config.held_out, config.max_captions)
 
 
-def _folder(config: DataConfig, resolution: int) -> Splits:
-    if config.path is None:
-        raise UserError("data.path is not set; data.source=folder needs the folder of your pictures")
-    pictures = folder.load(Path(config.path), resolution)
-    if config.split == "pictures":
-        return split_by_picture(pictures, config.held_out)
-    return split_by_caption(pictures, config.held_out, None)
-
-
 def _cifar10(config: DataConfig, resolution: int) -> Splits:
     if config.path is None:
         raise UserError(
@@ -48,7 +39,6 @@ def _cifar10(config: DataConfig, resolution: int) -> Splits:
 SOURCES: dict[str, Callable[[DataConfig, int], Splits]] = {
     "openmoji": _openmoji,
     "shapes": _shapes,
-    "folder": _folder,
     "cifar10": _cifar10,
 }
 
@@ -66,7 +56,7 @@ def load(config: DataConfig, resolution: int) -> Splits:
     Raises:
         UserError: if the source holds no usable picture, or a setting does not fit the source.
     """
-    if config.path is not None and config.source not in ("folder", "cifar10"):
+    if config.path is not None and config.source != "cifar10":
         raise UserError(
             f"data.path is {config.path!r}, but data.source={config.source} reads no folder; "
             "add data.source=folder or leave data.path out"

@@ -116,7 +116,8 @@ class Store:
     @cached_property
     def digest(self) -> str:
         """A hash of the contents, by the checksums: equal where stores hold equal files in equal order."""
-        rows = self.checksums.to_table(columns=["table", "digest"]).to_pylist()
+        with reading(f"the checksums of {self.uri}"):
+            rows = self.checksums.to_table(columns=["table", "digest"]).to_pylist()
         text = "".join(f"{row['table']} {row['digest']}\n" for row in rows)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -133,6 +134,23 @@ class Store:
         wanted = np.asarray(rows, dtype=np.int64)
         assert len(wanted) == 0 or (wanted.min() >= 0 and wanted.max() < len(self)), "row out of range"
         return self.records.take(wanted.tolist(), columns=list(columns))
+
+    def column(self, table: str, name: str) -> pa.ChunkedArray:
+        """A whole column.
+
+        Args:
+            table: ``records`` or ``texts``.
+            name: of the column.
+
+        Returns:
+            One value a row.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        advice = f"to find what is damaged: shoestring data verify {self.uri}"
+        with reading(f"{name} of {self.uri}", advice=advice):
+            return getattr(self, table).to_table(columns=[name])[name]
 
     # -- columns by name -----------------------------------------------------------------------------------
 

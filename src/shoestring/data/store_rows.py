@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shoestring.data.loader import Batch, is_mirrored
 from shoestring.data.members import Member, Rows
@@ -77,7 +78,8 @@ class StoreData:
         Raises:
             UserError: if a weight, a store or a bucket does not fit.
         """
-        if self._order is None or self._order.batch_size != batch:
+        order = self._order  # threads may ask for different batch sizes where a stage begins
+        if order is None or order.batch_size != batch:
             mixing = self.mixing
             stores = [
                 StoreRows(
@@ -89,8 +91,8 @@ class StoreData:
             ]
             weights = mixing.weights or None
             choice = {"repeats": weights} if mixing.repeats else {"weights": weights}
-            self._order = Order(stores, mixing.seed, batch, **choice)
-        return self._order
+            self._order = order = Order(stores, mixing.seed, batch, **choice)
+        return order
 
     def batch(self, first_nimg: int, nimg: int, count: int) -> Batch:
         """A batch of a stage; the next ones are prepared meanwhile.
@@ -153,18 +155,14 @@ class StoreData:
                 mirror = None if mirror_B is None else mirror_B[mine]
                 moments, texts = member.read(bucket, row_B[mine], choice_B[mine], mirror)
                 parts.append((mine, moments, *self._captions(i, texts)))
-        back = np.argsort(np.concatenate([mine for mine, *_ in parts]))
-        moments_BMhw = torch.from_numpy(_joined([part[1] for part in parts], back))
+        moments_BMhw = _joined([(mine, moments) for mine, moments, *_ in parts])
         class_B = None
         if self.classes is not None:
-            class_B = torch.from_numpy(_joined([part[2] for part in parts], back))
-        if parts[0][3] is None:
+            class_B = _joined([(mine, number) for mine, _, number, *_ in parts])
+        if self.members[0].text is None:
             return Batch(moments_BMhw, None, None, class_B)
-        longest = max(part[3].shape[1] for part in parts)
-        text = [_padded(part[3], longest) for part in parts]
-        mask = [_padded(part[4], longest) for part in parts]
-        text_BSD, mask_BS = torch.from_numpy(_joined(text, back)), torch.from_numpy(_joined(mask, back))
-        return Batch(moments_BMhw, text_BSD, mask_BS, class_B)
+        text_BSD = _joined([(mine, text) for mine, _, _, text, _ in parts])
+        return Batch(moments_BMhw, text_BSD, _joined([(part[0], part[4]) for part in parts]), class_B)
 
     def _captions(self, store: int, texts: Rows) -> tuple[Any, Any, Any]:
         """Class numbers, embeddings and mask, as far as they are wanted."""
@@ -192,7 +190,7 @@ class StoreData:
         for i, member in enumerate(self.members):
             places = row_B[store_B == i]
             if len(places):
-                words += member.words(member.read(bucket, places, np.zeros(len(places), np.int64), None)[1])
+                words += member.first_captions(bucket, places)
         return tuple(dict.fromkeys(word for word in words if word))
 
     @cached_property
@@ -232,7 +230,7 @@ class StoreData:
             places = row_B[store_B == i]
             for part in np.array_split(places, max(1, len(places) // 64)) if len(places) else []:
                 moments, texts = member.read(bucket, part, np.zeros(len(part), np.int64), None)
-                moments_BMhw = torch.from_numpy(moments.copy())
+                moments_BMhw = torch.from_numpy(moments)
                 shape = (len(part), self.codec.channels, *moments.shape[2:])
                 images.append(self.codec.decode(self.codec.latents(moments_BMhw, torch.zeros(shape))).cpu())
                 words += member.words(texts)
@@ -241,7 +239,7 @@ class StoreData:
 
 def all_texts(member: Member) -> list[str]:
     """All distinct captions of a store, used or not."""
-    words: list[str] = member.store.texts.to_table(columns=["text"])["text"].to_pylist()
+    words: list[str] = member.store.column("texts", "text").to_pylist()
     return words
 
 
@@ -256,9 +254,9 @@ def distinct_captions(members: Sequence[Member]) -> tuple[str, ...]:
     """
     found: set[str] = set()
     for member in members:
-        columns = [column.column for column in member.captions]
-        table = member.store.records.to_table(columns=columns).take(pa.array(np.concatenate(member.rows)))
-        used = {row for column in columns for row in pc.list_flatten(table[column]).unique().to_pylist()}
+        rows = pa.array(np.concatenate(member.rows))
+        lists = [member.store.column("records", column.column).take(rows) for column in member.captions]
+        used = {row for each in lists for row in pc.list_flatten(each).unique().to_pylist()}
         words = all_texts(member)
         found |= {words[row] for row in used}
     return tuple(sorted(found))
@@ -272,13 +270,13 @@ def _label(shape: tuple[int, int]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
-def _joined(parts: Sequence[NDArray[Any]], back: Rows) -> NDArray[Any]:
-    """Parts of a batch in its order, as memory of our own (Arrow's is read-only)."""
-    return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)[back]
-
-
-def _padded(values_BS: NDArray[Any], longest: int) -> NDArray[Any]:
-    missing = longest - values_BS.shape[1]
-    if missing == 0:
-        return values_BS
-    return np.pad(values_BS, ((0, 0), (0, missing), *((0, 0),) * (values_BS.ndim - 2)))
+def _joined(parts: Sequence[tuple[Rows, NDArray[Any]]]) -> Tensor:
+    """A batch of its parts: the places of each and its values, which may have other lengths (padded by 0)."""
+    if len(parts) == 1:
+        return torch.from_numpy(parts[0][1])
+    count = sum(len(mine) for mine, _ in parts)
+    shape = np.max([values.shape[1:] for _, values in parts], axis=0).astype(int).tolist()
+    joined = np.zeros((count, *shape), parts[0][1].dtype)
+    for mine, values in parts:
+        joined[(mine, *map(slice, values.shape[1:]))] = values
+    return torch.from_numpy(joined)

@@ -144,7 +144,9 @@ def open_table(uri: str, version: int | None = None) -> lance.LanceDataset:
 
 
 @contextmanager
-def reading(what: str, done: str = "read") -> Iterator[None]:
+def reading(
+    what: str, done: str = "read", advice: str = "put it back from a copy, or make the store anew"
+) -> Iterator[None]:
     """Say in a sentence what Lance does on damaged files; some make it panic, which is no Exception."""
     try:
         yield
@@ -154,9 +156,7 @@ def reading(what: str, done: str = "read") -> Iterator[None]:
         if not isinstance(error, (ValueError, OSError, RuntimeError, LookupError)) and not _panic(error):
             raise
         reason = str(error).strip().split("\n")[0].split(", /")[0][:300]
-        raise UserError(
-            f"{what} cannot be {done} ({reason}); put it back from a copy, or make the store anew"
-        ) from error
+        raise UserError(f"{what} cannot be {done} ({reason}); {advice}") from error
 
 
 def _panic(error: BaseException) -> bool:

@@ -38,7 +38,7 @@ class PrepareOptions:
     """What ``data prepare`` was asked for."""
 
     data: DataConfig
-    """Codec, encoder, ``max_tokens``, ``flip``, ``buckets``."""
+    """Codec, encoder, ``max_tokens``, ``flip``, ``buckets``, ``bucket_aspect``."""
     resolutions: tuple[int, ...]
     positions: Literal["true", "all"] = "true"
     dtype: Literal["int8", "float16"] = "int8"
@@ -98,7 +98,7 @@ def run_prepare(raw_uri: str, out: str, options: PrepareOptions, console: Consol
         LatentsJob(
             name=f"{resolution}" if data.buckets == 1 else f"{resolution}x{data.buckets}",
             resolution=resolution,
-            shapes=bucket_shapes(resolution, data.buckets, multiple),
+            shapes=bucket_shapes(resolution, data.buckets, multiple, data.bucket_aspect),
             mirrored=data.flip,
             min_bucket=options.min_bucket,
         )

@@ -70,7 +70,8 @@ def own_store(
         listed = "".join(f"{row['item']}\t{row['reason']}\n" for row in rejected)
         write_text(folder / "rejected.txt", listed)
         say(console, f"{len(rejected):,} left out (listed in {folder / 'rejected.txt'})")
-    shapes = bucket_shapes(stage.resolution, data.buckets, codec.downsampling * config.model.patch_size)
+    multiple = codec.downsampling * config.model.patch_size
+    shapes = bucket_shapes(stage.resolution, data.buckets, multiple, data.bucket_aspect)
     job = Job(
         latents=(
             LatentsJob(str(stage.resolution), stage.resolution, shapes, data.flip, min_bucket=stage.batch)
