@@ -146,6 +146,9 @@ class MeanColour:
     name = "colour"
     width = 3
 
+    def __init__(self, digest: str = "") -> None:
+        self.identity = Identity("colour", digest=digest)
+
     def __call__(self, pixels: Tensor) -> Tensor:
         return pixels.float().mean((2, 3))
 

@@ -35,6 +35,15 @@ def test_features_do_not_depend_on_the_batch(extractor: FeatureExtractor) -> Non
     assert extractor(pixels[:0]).shape == (0, 1280)
 
 
+def test_the_identity_is_that_of_the_weights(extractor: EfficientNetLite0Features) -> None:
+    other = EfficientNetLite0Features()
+    assert extractor.identity.name == "efficientnet-lite0"
+    assert other.identity == extractor.identity
+    retrained = EfficientNetLite0Features()
+    retrained._network._fc.bias.add_(1e-3)
+    assert not retrained.identity.same(extractor.identity)
+
+
 def test_the_weights_are_imagenets(extractor: EfficientNetLite0Features) -> None:
     """A drawn ball is a ball: the classifier behind the features agrees (the features feed it)."""
     y, x = torch.meshgrid(torch.arange(112.0) - 56, torch.arange(112.0) - 56, indexing="ij")

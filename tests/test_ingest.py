@@ -253,13 +253,12 @@ def test_a_complete_store_is_left_alone_and_other_settings_are_refused(tmp_path:
     assert again is not None
     assert again.version == store.version
     assert ingest(reader, out, unit_rows=4).version == store.version
-    tables = {name: version for name, version in store.manifest.tables.items() if name != "rejected"}
-    save_manifest(out, store.manifest.model_copy(update={"tables": tables, "made_by": "a later job"}))
+    save_manifest(out, store.manifest.model_copy(update={"made_by": "a later job"}))
     assert ingest(reader, out, unit_rows=4).manifest.made_by == "a later job"
     assert rejections(Store(out)).num_rows == 0
     with pytest.raises(UserError, match="complete store that was made with unit_rows=4, now it is 5"):
         ingest(reader, out, unit_rows=5)
-    with pytest.raises(UserError, match="was made with filters="):
+    with pytest.raises(UserError, match="was made without --min-side, now it is 9"):
         ingest(reader, out, Filters(min_side=9), unit_rows=4)
     (folder / "new.png").write_bytes(encoded(noise(77)))
     with pytest.raises(UserError, match="items=6, now it is 7"):
@@ -290,6 +289,31 @@ def test_an_interrupted_job_is_refused_with_other_settings(tmp_path: Path) -> No
     check_balance(store)
     assert done == list(range(9, 21))  # two units of four were whole
     assert store.digest == take(folder, tmp_path / "t", unit_rows=4).digest
+
+
+def test_a_job_that_has_done_nothing_yet_leaves_nothing_and_may_change(tmp_path: Path) -> None:
+    folder, out = simple(tmp_path / "f", 5), tmp_path / "s"
+
+    def stop(done: int, kept: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(open_reader(str(folder)), str(out), unit_rows=4, progress=stop)
+    assert not out.exists()
+    journal = out / ".work" / "ingest" / "journal.jsonl"
+    journal.parent.mkdir(parents=True)  # what a kill at that moment leaves
+    journal.write_text('{"unit_rows": 4}\n')
+    assert len(ingest(open_reader(str(folder)), str(out), unit_rows=2)) == 5
+
+
+def test_a_store_is_not_made_among_other_files(tmp_path: Path) -> None:
+    folder = simple(tmp_path / "f")
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match=r"--out is '.*', a folder with other things in it \(0\.png\)"):
+        take(folder, folder)
+    assert sorted(folder.iterdir()) == before
+    with pytest.raises(UserError, match="--out is empty"):
+        ingest(open_reader(str(folder)), "")
 
 
 def test_a_source_that_changes_in_between_is_noticed(tmp_path: Path) -> None:
@@ -349,6 +373,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     files = {f"{i}.png": encoded(noise(i)) for i in range(8)}
     files["6.png"] = encoded(Image.effect_noise((300, 300), 90))

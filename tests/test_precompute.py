@@ -161,7 +161,7 @@ def test_what_is_done_is_not_done_again(raw: Store, tmp_path: Path) -> None:
     uri = str(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         prepare(raw, uri, JOB, Makers(Stops(9), MAKERS.encoders))
-    with pytest.raises(UserError, match="was begun with batch=4, now it is 8"):
+    with pytest.raises(UserError, match="was begun with --batch=4, now it is 8"):
         prepare(raw, uri, Job(latents=(LATENTS,), text=(TextJob("t"),), batch=8, text_batch=4), MAKERS)
     with pytest.raises(UserError, match=r"no manifest: it is incomplete|is not a store"):
         Store(uri)
@@ -313,6 +313,12 @@ def test_mistakes_are_said(raw: Store, tmp_path: Path) -> None:
     says_of(
         "asked for is words .w1., 4 tokens, all positions", raw, out, Job(text=(TextJob("t", "all"),)), MAKERS
     )
+    colour = Job(features=(FeatureJob("colour", 24),))
+    prepare(raw, out, colour, MAKERS)
+    retrained = Makers(extractors={"colour": lambda: MeanColour("new weights")})
+    says_of(
+        r"features 'colour' of colour at .* asked for is colour .new weights", raw, out, colour, retrained
+    )
     says_of("has 40 records, .*other has 41", other, out, bare, MAKERS)
     says_of("holds no pictures", store, str(tmp_path / "new"), bare, MAKERS)
     says_of("nothing to prepare", raw, str(tmp_path / "new"), Job(), MAKERS)
@@ -391,6 +397,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_same_command_goes_on(raw: Store, tmp_path: Path) -> None:
     script = FULL.format(tests=str(Path(__file__).parent), limit=1500, raw=raw.uri, out=str(tmp_path / "out"))
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -403,7 +410,9 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(raw: Store, tmp_path: 
 def test_the_unfinished_store_of_another_command_is_left_alone(raw: Store, tmp_path: Path) -> None:
     from shoestring.data.journal import Journal, work_folder
 
-    Journal(work_folder(str(tmp_path / "out"), "ingest"), {"size": 1}).close()
+    journal = Journal(work_folder(str(tmp_path / "out"), "ingest"), {"size": 1})
+    journal.add({"items": 1})
+    journal.close()
     with pytest.raises(UserError, match=r"out is unfinished work of another command .ingest."):
         prepare(raw, str(tmp_path / "out"), JOB, MAKERS)
 
@@ -454,6 +463,27 @@ def test_batches_are_filled_up_to_few_sizes(raw: Store, tmp_path: Path) -> None:
 
     prepare(raw, str(tmp_path / "out"), replace(JOB, batch=6), Makers(Counts, MAKERS.encoders))
     assert sizes == {6, 4, 2}  # 8 + 4 + 4 and 4 + 2 + 2 pictures
+
+
+def test_a_picture_is_decoded_once_for_all_squares(raw: Store, tmp_path: Path, monkeypatch: Any) -> None:
+    decoded: list[bytes] = []
+
+    def counted(data: bytes, smallest: int) -> Image.Image:
+        decoded.append(data)
+        return decode(data, smallest)
+
+    monkeypatch.setattr("shoestring.data.runner.decode", counted)
+    squares = tuple(LatentsJob(str(side), side, ((side, side),)) for side in (16, 8))
+    job = Job(squares, features=(FeatureJob("colour", 24),), batch=4)
+    seen: list[Progress] = []
+    both = prepare(raw, str(tmp_path / "both"), job, MAKERS, progress=seen.append)
+    assert sorted(decoded) == sorted(picture(i) for i in range(40))
+    assert max(p.done for p in seen if p.stage == "records") == 120  # a record counts once for each column
+    prepare(raw, str(tmp_path / "one"), Job(squares[1:], batch=4), MAKERS)
+    one = prepare(raw, str(tmp_path / "one"), Job(squares[:1], batch=4), MAKERS)
+    for name in ("8", "16"):
+        assert rows_of(one, f"moments_{name}") == rows_of(both, f"moments_{name}")
+        assert one.latents(name) == both.latents(name)
 
 
 def test_decoding_happens_in_threads_and_in_order(raw: Store, tmp_path: Path) -> None:

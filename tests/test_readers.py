@@ -87,13 +87,6 @@ def test_a_folder_with_several_captions_and_numbers(tmp_path: Path) -> None:
     check_starts(reader)
 
 
-def test_pictures_in_memory_have_one_caption(tmp_path: Path) -> None:
-    from shoestring.data import folder
-
-    with pytest.raises(UserError, match=r"b.jpg has several captions, .* shoestring data ingest"):
-        folder.load(make_folder(tmp_path / "f"), 16)
-
-
 def test_a_table_of_any_name_finds_pictures_elsewhere(tmp_path: Path) -> None:
     images = tmp_path / "images" / "deep"
     images.mkdir(parents=True)
@@ -116,12 +109,17 @@ def test_what_no_reader_can_take(tmp_path: Path) -> None:
     assert "there is no picture in it" in says(make_empty(tmp_path / "empty"))
     (tmp_path / "x.doc").write_text("hello")
     assert "is of no known kind" in says(tmp_path / "x.doc")
-    assert "split was given, but folder has no use for it" in says(tmp_path / "empty", split="train")
+    assert "--split was given, but folder has no use for it; it takes --image, --caption, --where" in says(
+        tmp_path / "empty", split="train"
+    )
     folder = make_folder(tmp_path / "f")
     assert "has no column 'nsfw'; it has aesthetic, caption" in says(folder, numbers=("nsfw",))
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "a.jpg").write_bytes(jpeg())
-    assert "as it has no caption file" in says(tmp_path / "g", numbers=("nsfw",))
+    for wrong in ({"numbers": ("nsfw",)}, {"captions": ("nsfw",)}, {"image": "nsfw"}):
+        assert "has no column 'nsfw', as it has no caption file" in says(tmp_path / "g", **wrong)
+    assert "has no column 'short'; it has aesthetic, caption" in says(folder, captions=("caption", "short"))
+    assert "the source is empty" in says("")
 
 
 def make_empty(path: Path) -> Path:
@@ -145,7 +143,8 @@ def test_shapes_are_drawn(tmp_path: Path) -> None:
     picture = next(iter(pictures(reader).values()))
     assert Image.open(io.BytesIO(picture.data)).size == (32, 32)
     assert "number of pictures" in says("shapes:many")
-    assert "no split 'test'" in says("shapes", split="test")
+    assert "--split is 'test', and shapes have none" in says("shapes", split="test")
+    assert "--side is 10; below 24" in says("shapes", side=10)
 
 
 @pytest.mark.slow
@@ -236,7 +235,7 @@ def test_cifar10(shared: Path) -> None:
     assert Image.open(io.BytesIO(first.data)).size == (32, 32)
     same = next(iter(open_reader(str(shared / "data" / "cifar10_test.parquet")).items(9_999)))
     assert same == first
-    assert "no split 'x'" in says(f"cifar10:{shared / 'data'}", split="x")
+    assert "--split is 'x', and cifar10 has none" in says(f"cifar10:{shared / 'data'}", split="x")
 
 
 # -- the Hugging Face hub ----------------------------------------------------------------------------------
@@ -278,6 +277,7 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     assert "is damaged" in says(tmp_path / "d")
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_wrong_hub_name_is_one_sentence() -> None:
     pytest.importorskip("datasets")
@@ -336,9 +336,9 @@ def test_coco(tmp_path: Path) -> None:
     assert "is not COCO" in says(path, images=images)
     path.write_text("{")
     assert "is not JSON" in says(path, images=images)
-    assert "is not a folder; give the folder of the pictures with --images" in says(
-        path, images=tmp_path / "no"
-    )
+    path.write_text(json.dumps(notes))
+    assert "--images is '" in says(path, images=tmp_path / "no")
+    assert "cannot read" in says(f"coco:{tmp_path / 'no' / 'captions.json'}")
 
 
 def test_a_folder_of_annotations_is_recognised(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,3 +195,66 @@ def test_the_prefetcher_makes_each_batch_once_and_passes_errors_on() -> None:
         prefetcher.get(7)
     prefetcher.close()
     assert sorted(made)[:8] == list(range(8))
+
+
+EPOCHS = """
+import os, sys
+from pathlib import Path
+from stores import BUCKETS, make_store
+from test_store_data import data_of, member_of
+
+def resident_mb():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+data = data_of(member_of(make_store(Path(sys.argv[1]), rows=600, unit_rows=128, buckets=BUCKETS)))
+for k in range(50 * 37):
+    data.batch(0, 16 * k, 16)
+    if k == 2 * 37:
+        early = resident_mb()
+print(resident_mb() - early)
+data.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to see its memory")
+def test_memory_does_not_grow_over_epochs_of_buckets(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", EPOCHS, str(tmp_path / "s")]
+    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 50
+
+
+def test_embeddings_that_do_not_fit_their_tokens_are_a_sentence(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", rows=9)
+    member = member_of(store)
+    wider = replace(member, text=store.text("t").model_copy(update={"width": 5}))
+    with pytest.raises(UserError, match=r"embeddings t are no whole number of 5 values.*data verify"):
+        data_of(wider).some(9)
+
+
+def test_blocks_of_another_store_at_the_same_address_are_not_taken(tmp_path: Path) -> None:
+    for first in (0, 100):
+        shutil.rmtree(tmp_path / "s", ignore_errors=True)
+        store = make_store(tmp_path / "s", rows=16, first=first)
+        cache = BlockCache(tmp_path / "cache", limit_bytes=10**9, block=8)
+        assert sorted(flat(seen(data_of(member_of(store, cache=cache)), 2))) == list(range(first, first + 16))
+
+
+def test_parts_of_a_mixture_equal_those_of_each_store(tmp_path: Path) -> None:
+    """Captions of other lengths, one store with several captions; each row as its store gives it."""
+    a = member_of(make_store(tmp_path / "a", rows=11, positions="all", dtype="float16"))
+    b = member_of(make_store(tmp_path / "b", rows=7, first=100, captions_each=2))
+    data = data_of(a, b)
+    both = data.some(18)
+    for member, part in ((a, slice(0, 11)), (b, slice(11, 18))):
+        alone = data_of(member).some(11)
+        length = alone.text_mask_BS.shape[1]
+        assert torch.equal(both.moments_BMhw[part], alone.moments_BMhw)
+        assert torch.equal(both.text_BSD[part, :length], alone.text_BSD)
+        assert torch.equal(both.text_mask_BS[part, :length], alone.text_mask_BS)
+        assert not both.text_mask_BS[part, length:].any()
+    assert data.captions == (
+        *(f"caption {i}" for i in range(11)),
+        *(f"caption {100 + 2 * i}" for i in range(7)),
+    )

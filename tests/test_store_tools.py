@@ -424,7 +424,9 @@ def slow_job(kind: str, folder: str) -> None:
 def test_a_job_killed_after_its_commit_only_has_to_tidy_up(tmp_path: Path) -> None:
     one = make_store(tmp_path / "a", rows=4)
     merged = merge([one], str(tmp_path / "m"))
-    begin(merged.uri, "merge", None, {}).close()
+    journal = begin(merged.uri, "merge", None, {})
+    journal.add({"what it did": "all"})
+    journal.close()
     (tmp_path / "m" / "seals" / "1.json").unlink()
     assert merge([one], merged.uri).digest == merged.digest
     found = verify(merged.uri)

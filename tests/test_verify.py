@@ -10,7 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
+from shoestring.data.ingest import ingest
+from shoestring.data.readers import open_reader
 from shoestring.data.store import Store, save_checksums, save_manifest
 from shoestring.data.tables import child, commit_new, write_piece
 from shoestring.data.verify import verify
@@ -222,3 +225,22 @@ def test_a_manifest_that_contradicts_itself_is_found(tmp_path: Path) -> None:
     problems = " ".join(verify(store.uri).problems)
     assert "9 records read, but 5 kept and 1 rejected" in problems
     assert "its sources kept 5 records, but it holds 6" in problems
+
+
+def test_the_list_of_what_was_rejected_is_verified_too(tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    Image.new("RGB", (8, 8)).save(source / "a.png")
+    (source / "a.txt").write_text("a")
+    (source / "b.png").write_bytes(b"no picture")
+    (source / "b.txt").write_text("b")
+    store = ingest(open_reader(f"folder:{source}"), str(tmp_path / "raw"))
+    found = verify(store.uri)
+    assert (found.problems, found.notes) == ([], [])
+    for path in files_of(tmp_path / "raw" / "rejected"):
+        data, name = path.read_bytes(), path.relative_to(tmp_path / "raw").as_posix()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert any(name in problem for problem in verify(store.uri).problems), name
+        path.write_bytes(data)
+    (tmp_path / "raw" / "rejected" / "data" / "left.lance").write_bytes(b"of a killed writer")
+    assert "rejected/data/left.lance" in verify(store.uri).notes[0]

@@ -310,10 +310,15 @@ class TextEncoder(Protocol):
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """Pixels to features, for metrics."""
+    """Pixels to features, for metrics and as a teacher."""
 
     name: str
     width: int
+
+    @property
+    def identity(self) -> Identity:
+        """What made the features."""
+        ...
 
     def __call__(self, pixels: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
         """Features in float32; independent of the batch a picture is in."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from shoestring.runtime import UserError
 
 MAX_ASPECT = 4.0
+MAX_SIDE = 8192
 # A shape on the grid may differ from the wanted area by this factor.
 AREA_TOLERANCE = 1.15
 
@@ -32,12 +33,14 @@ def bucket_shapes(
         Height and width in pixels, from the widest to the tallest.
 
     Raises:
-        UserError: if there are not so many shapes on the grid.
+        UserError: if there are not so many shapes on the grid, or the resolution is off it.
     """
     if resolution < 1 or resolution % multiple:
         raise UserError(
             f"--resolution is {resolution}; it must be a multiple of {multiple} (pixels a latent x patch)"
         )
+    if resolution > MAX_SIDE:
+        raise UserError(f"--resolution is {resolution}; it must be at most {MAX_SIDE}")
     if count < 1 or count % 2 == 0:
         raise UserError(
             f"--buckets is {count}; it must be odd: one square, and as many upright shapes as lying ones"

@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from shoestring.data.tables import cannot_write
 
 PART = ".part"
 """Ends the names of files that are being written."""
+HOUR = 3600
 
 
 class BlockCache:
@@ -40,8 +42,9 @@ class BlockCache:
         self._fetching: dict[Path, threading.Lock] = {}
         self.fetched = 0
         """Blocks read from the stores so far."""
-        for path in folder.glob(f"*{PART}"):  # of a run that was killed
-            path.unlink(missing_ok=True)
+        for path in folder.glob(f"*{PART}"):  # of a run that was killed, if nobody writes it
+            if time.time() - path.stat().st_mtime > HOUR:
+                path.unlink(missing_ok=True)
         for path in sorted(folder.glob("*.arrow"), key=lambda p: p.stat().st_mtime):
             self._sizes[path] = path.stat().st_size
 

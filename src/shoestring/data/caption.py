@@ -26,6 +26,8 @@ from shoestring.runtime import UserError
 
 JOB = "caption"
 CATCH_UP = "prepare-captions"
+NAME = r"[A-Za-z0-9_]+"
+"""Of a column of captions or embeddings."""
 
 Captioner = Callable[[list[Image.Image]], list[str]]
 
@@ -61,8 +63,7 @@ def caption(
         UserError: if the store has no pictures, or captions of that name from elsewhere, or an encoder is
             not given.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-        raise UserError(f"{name!r} is no name for captions; take letters, digits and underscores")
+    check_captions(store, name)
     for old in store.manifest.captions:
         if old.name == name:
             if old.origin != origin:
@@ -71,8 +72,6 @@ def caption(
                 )
             forget(store.uri, JOB, store)
             return store
-    if not store.manifest.has_images:
-        raise UserError(f"{store.uri} holds no pictures; caption the store that shoestring data ingest made")
     tools = Tools(Makers(encoders=encoders or {}))
     _check_encoders(store, encoders or {}, tools)
     settings = {"source": store.digest, "name": name, "origin": origin, "batch": batch}
@@ -108,6 +107,22 @@ def caption(
         journal.close()
     tidy(done, work_folder(store.uri, JOB))
     return done
+
+
+def check_captions(store: Store, name: str) -> None:
+    """Say what is wrong with captions to come before a model is loaded.
+
+    Args:
+        store: that is to get them.
+        name: of them.
+
+    Raises:
+        UserError: if it is no name, or the store has no pictures.
+    """
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"--name is {name!r}; take letters, digits and underscores")
+    if not store.manifest.has_images:
+        raise UserError(f"{store.uri} holds no pictures; caption the store that shoestring data ingest made")
 
 
 def _texts(store: Store) -> Iterator[str]:

@@ -29,6 +29,11 @@ class Columns:
     """To filter by."""
 
     @property
+    def named(self) -> tuple[str, ...]:
+        """Those that somebody asked for, which have to be there."""
+        return (*(() if self.names == NAME_COLUMNS else self.names), *self.texts, *self.numbers)
+
+    @property
     def wanted(self) -> set[str]:
         """All of them."""
         return {*self.names, *(self.texts or TEXT_COLUMNS), *self.numbers}
@@ -67,7 +72,7 @@ def read_rows(path: Path, columns: Columns = DEFAULT) -> list[Row]:
         rows.append(_row(path, line, record, columns))
         known.update(record)
     if rows:
-        check_names(path, sorted(known), columns.numbers)
+        check_names(path, sorted(known), (*columns.texts, *columns.numbers))
     return rows
 
 
@@ -183,13 +188,9 @@ def _csv(path: Path, columns: Columns) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _parquet(path: Path, columns: Columns) -> Iterable[tuple[int, dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            f"{path.name} needs the package pyarrow; run: pip install 'shoestring[demo]'"
-        ) from error
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names

@@ -51,13 +51,9 @@ def load(folder: Path, resolution: int) -> Splits:
 
 
 def _read(path: Path, resolution: int) -> CaptionedImages:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            "data.source=cifar10 needs the package pyarrow; run: pip install 'shoestring[demo]'"
-        ) from error
+    import pyarrow
+    import pyarrow.parquet
+
     if not path.is_file():
         raise UserError(
             f"data.path: {path} does not exist; data.source=cifar10 needs a folder with {' and '.join(FILES)}"

@@ -72,8 +72,8 @@ class Looks:
         """
         if not 0 <= distance <= MAX_DISTANCE:
             raise UserError(
-                f"look-alikes that differ in {distance} of 63 bits cannot be looked for; choose 0 to "
-                f"{MAX_DISTANCE} (6 finds resized and newly saved photos)"
+                f"--drop-similar is {distance}; choose 0 to {MAX_DISTANCE} of 63 bits (6 finds photos "
+                "that were resized or saved anew)"
             )
         self.distance = distance
         self._looks: list[tuple[int, bytes]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoestring.data.captions import plain
-from shoestring.data.duplicates import look, short_digest
+from shoestring.data.duplicates import Looks, look, short_digest
 from shoestring.data.folder import NO_CAPTION, UNUSABLE
 from shoestring.data.pixels import Unusable, decode
 from shoestring.data.records import Picture, Rejection
@@ -18,6 +19,16 @@ from shoestring.runtime import UserError
 CAPTION_ONLY = "caption: "
 """Begins the kind of what is said of one caption of a picture that was kept."""
 OPERATORS = {"<=": operator.le, ">=": operator.ge}
+ON_COMMAND_LINE = {
+    "min_side": "--min-side",
+    "max_aspect": "--max-aspect",
+    "min_caption": "--min-caption",
+    "max_caption": "--max-caption",
+    "thresholds": "--where",
+    "equal_files": "--drop-equal",
+    "look_alikes": "--drop-similar",
+}
+"""How users give the filters."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class Threshold:
             return Threshold(found[1], found[2], float(found[3]))
         except (AssertionError, ValueError):
             raise UserError(
-                f"filter {text!r} is not understood; write COLUMN>=NUMBER or COLUMN<=NUMBER (aesthetic>=5)"
+                f"--where is {text!r}; write COLUMN>=NUMBER or COLUMN<=NUMBER, such as 'aesthetic>=5'"
             ) from None
 
     def __str__(self) -> str:
@@ -85,15 +96,25 @@ class Filters:
     """Leave out a picture whose look differs from an earlier one's in at most so many of 63 bits
     (:func:`shoestring.data.duplicates.look`)."""
 
+    def __post_init__(self) -> None:
+        if self.look_alikes is not None:
+            Looks(self.look_alikes)  # says what is wrong with it before anything is written
+        if (self.max_caption or math.inf) < (self.min_caption or 0):
+            raise UserError(
+                f"--min-caption is {self.min_caption} and --max-caption is {self.max_caption}, which no "
+                "caption fits; leave one of them out or change it"
+            )
+
     @property
     def numbers(self) -> tuple[str, ...]:
         """Columns that a reader has to deliver."""
         return tuple(dict.fromkeys(threshold.column for threshold in self.thresholds))
 
     def to_json(self) -> dict[str, Any]:
-        """Those that are set, as plain values."""
-        given = {name: value for name, value in vars(self).items() if value not in (None, (), False)}
-        return {**given, "thresholds": list(map(str, self.thresholds))} if self.thresholds else given
+        """Those that are set, as plain values, by their names on the command line."""
+        given = {ON_COMMAND_LINE[name]: value for name, value in vars(self).items() if value is not None}
+        given["--where"] = [str(threshold) for threshold in self.thresholds]
+        return {name: value for name, value in given.items() if value not in ([], False)}
 
     def captions(self, picture: Picture) -> tuple[list[str], list[Rejection]]:
         """The captions that fit, each on one line, and why the others do not.

@@ -56,9 +56,9 @@ def collect(
         caption_files = [caption_file]
         counts = Counter(PurePosixPath(name).name for name in pictures)
         below = {PurePosixPath(name).name: name for name in pictures if counts[PurePosixPath(name).name] == 1}
-    elif columns.numbers and not caption_files:
+    elif columns.named and not caption_files:
         raise UserError(
-            f"{folder} has no column {columns.numbers[0]!r}, as it has no caption file; put the numbers into "
+            f"{folder} has no column {columns.named[0]!r}, as it has no caption file; put it into "
             "metadata.jsonl, .csv or .parquet"
         )
     for file in caption_files:

@@ -84,8 +84,15 @@ class Forecast:
         if self.bytes_free is not None:
             lines.append(f"  free on the disk: {in_words(self.bytes_free)}")
         cost = "" if self.cost_usd is None else f", ${self.cost_usd:,.2f}"
-        lines.append(f"about {self.hours:,.2f} hours{cost}")
+        lines.append(f"about {_time_in_words(self.hours)}{cost}")
         return "\n".join(lines)
+
+
+def _time_in_words(hours: float) -> str:
+    """In the unit that people would take."""
+    if hours >= 1:
+        return f"{hours:,.2f} hours"
+    return f"{hours * 60:.0f} minutes" if hours >= 1 / 30 else f"{max(1, round(hours * 3600))} s"
 
 
 def in_words(count: float) -> str:

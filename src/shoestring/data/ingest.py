@@ -21,7 +21,7 @@ import pyarrow as pa
 import shoestring
 from shoestring.data.duplicates import short_digest
 from shoestring.data.filters import Examined, Filters, examine, summary
-from shoestring.data.journal import Journal, work_folder
+from shoestring.data.journal import Journal, check_place, difference, work_folder
 from shoestring.data.manifest import CaptionsColumn, Manifest, SourceFacts
 from shoestring.data.readers.base import Reader
 from shoestring.data.records import Picture, Rejection
@@ -113,6 +113,7 @@ def complete(
     Raises:
         UserError: if another command made the store that is there.
     """
+    check_place(out)
     if not table_exists(child(out, "manifest")):
         return None
     store = Store(out)
@@ -122,12 +123,9 @@ def complete(
     if made is None:
         raise UserError(f"{out} is a store that was not made by data ingest; choose another --out")
     wanted = json.loads(json.dumps(_settings(reader, filters or Filters(), unit_rows, licence)))
-    for key, value in wanted.items():
-        if made.get(key) != value:
-            raise UserError(
-                f"{out} is a complete store that was made with {key}={made.get(key)!r}, now it is {value!r}; "
-                "choose another --out"
-            )
+    other = difference(made, wanted)
+    if other is not None:
+        raise UserError(f"{out} is a complete store that was made {other}; choose another --out")
     return store
 
 
@@ -146,28 +144,25 @@ def rejections(store: Store) -> pa.Table:
     """
     table = _rejected(store)
     if table is None:
-        raise UserError(f"{store.uri} keeps no list of what was rejected; it was not made by data ingest")
+        raise UserError(f"{store.uri} keeps no list of what was rejected; name one that data ingest made")
     return table.to_table()
 
 
 def _rejected(store: Store) -> Any:
     """The table of what was rejected, or ``None``."""
-    uri = child(store.uri, "rejected")
-    if not table_exists(uri):
-        return None
-    # Only ingestion writes it: where a later version of the store does not name it, the newest is the one.
-    return open_table(uri, store.manifest.tables.get("rejected"))
+    version = store.manifest.tables.get("rejected")
+    return None if version is None else open_table(child(store.uri, "rejected"), version)
 
 
 def _settings(reader: Reader, filters: Filters, unit_rows: int, licence: str) -> dict[str, Any]:
     return {
         "source": reader.kind,
         "path": reader.path,
-        "options": reader.options.to_json(),
-        "filters": filters.to_json(),
         "unit_rows": unit_rows,
-        "licence": licence,
+        "--licence": licence or None,
         "items": reader.total,
+        **reader.options.to_json(),
+        **filters.to_json(),
     }
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.fs
 
-from shoestring.data.journal import Journal, work_folder
+from shoestring.data.journal import Journal, check_place, work_folder
 from shoestring.data.manifest import Manifest
 from shoestring.data.seals import seal_version
 from shoestring.data.store import TABLES, Store, save_checksums, save_manifest
@@ -89,6 +90,7 @@ def existing(uri: str, journal: str) -> Store | None:
     Raises:
         UserError: if there is part of a store, or the work of another job.
     """
+    check_place(uri)
     if table_exists(child(uri, "manifest")):
         return Store(uri)
     folder = work_folder(uri, journal)
@@ -229,7 +231,8 @@ def commit(uri: str, base: Store | None, changes: Mapping[str, Change], manifest
     if base is not None:
         if Store(uri).version != base.version:
             raise UserError(f"{uri} was changed by another command meanwhile; give the same command again")
-        versions = {name: rewind(child(uri, name), base.manifest.tables[name]).version for name in TABLES}
+        versions = dict(base.manifest.tables)  # what ingestion rejected stays with the store
+        versions |= {name: rewind(child(uri, name), versions[name]).version for name in TABLES}
     for name, change in changes.items():
         address = child(uri, name)
         if change.how == "new":
@@ -249,5 +252,7 @@ def commit(uri: str, base: Store | None, changes: Mapping[str, Change], manifest
 def tidy(store: Store, folder: Path) -> None:
     """After the commit: remove the journal and what killed commands left; older versions stay."""
     shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # not empty: another job is under way
+        folder.parent.rmdir()
     for name in (*TABLES, "manifest"):
         sweep(child(store.uri, name))

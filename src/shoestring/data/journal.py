@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from shoestring.runtime import UserError
 
 if sys.platform != "win32":
     import fcntl
+
+
+PARTS = ("records", "texts", "checksums", "rejected", "manifest", "seals")
+"""What lies in the folder of a store."""
 
 
 def work_folder(uri: str, job: str) -> Path:
@@ -30,6 +36,46 @@ def work_folder(uri: str, job: str) -> Path:
         return Path(uri) / ".work" / job
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return cache / "shoestring" / hashlib.blake2b(uri.encode(), digest_size=8).hexdigest() / job
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting that differs, for a sentence that says what something was made with.
+
+    Args:
+        before: settings by name.
+        now: settings by name.
+
+    Returns:
+        Such as ``with --min-side=32, now it is 64``; ``None`` if nothing differs.
+    """
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new:
+            was = f"without {key}" if old is None else f"with {key}={old!r}"
+            return f"{was}, now it is {'not given' if new is None else repr(new)}"
+    return None
+
+
+def check_place(uri: str) -> None:
+    """Refuse to begin a store among files that are none of a store's.
+
+    Args:
+        uri: where it is, or is to be.
+
+    Raises:
+        UserError: if the name is empty, or a folder without a store holds other files.
+    """
+    if not uri:
+        raise UserError("--out is empty; name the folder or URL of a store")
+    if "://" in uri or not Path(uri).is_dir() or (Path(uri) / "manifest").exists():
+        return
+    names = sorted(path.name for path in Path(uri).iterdir() if not path.name.startswith("."))
+    others = [name for name in names if name not in PARTS]
+    if others:
+        raise UserError(
+            f"--out is {uri!r}, a folder with other things in it ({others[0]}) and no store; name a new or "
+            "an empty folder"
+        )
 
 
 class Journal:
@@ -61,18 +107,17 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
         lines = [json.loads(line) for line in whole.splitlines()]
-        settings = json.loads(json.dumps(settings))
-        if not lines:
+        if len(lines) < 2:  # nothing is done yet that other settings could spoil
+            self._file.truncate(0)
             self._write(settings)
             return
-        for key in sorted(lines[0].keys() | settings.keys()):
-            if lines[0].get(key) != settings.get(key):
-                self.close()
-                raise UserError(
-                    f"{folder.parent.parent} was begun with {key}={lines[0].get(key)!r}, now it is "
-                    f"{settings.get(key)!r}; give the settings of the beginning, or choose another --out "
-                    f"(or delete {folder} to begin again)"
-                )
+        other = difference(lines[0], json.loads(json.dumps(settings)))
+        if other is not None:
+            self._file.close()
+            raise UserError(
+                f"{folder.parent.parent} was begun {other}; give the settings of the beginning, or choose "
+                f"another --out (or delete {folder} to begin again)"
+            )
         self.entries = lines[1:]
 
     def _lock(self, folder: Path) -> None:
@@ -82,7 +127,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.close()
+            self._file.close()
             raise UserError(
                 f"{folder.parent.parent} is being worked on by another process, which holds {self.path}; "
                 "wait until it has ended, or end it"
@@ -110,8 +155,15 @@ class Journal:
         self.entries.append(entry)
 
     def close(self) -> None:
-        """Close the file; the journal stays."""
+        """Close the file; a journal with entries stays, one without is removed with its empty folders."""
         self._file.close()
+        if self.entries:
+            return
+        folder = self.path.parent
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
 
     def finish(self) -> None:
         """Close and remove the journal: the job is complete and committed."""

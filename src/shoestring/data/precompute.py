@@ -16,7 +16,7 @@ import numpy as np
 
 from shoestring import __version__
 from shoestring.data.buckets import Shape, filled_buckets
-from shoestring.data.caption import catch_up
+from shoestring.data.caption import NAME, catch_up
 from shoestring.data.jobs import (
     Change,
     Meter,
@@ -92,7 +92,7 @@ class Job:
         for kind, columns in (("resolution", self.latents), ("text", self.text), ("feature", self.features)):
             names = [column.name for column in columns]
             for name in names:
-                if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+                if not re.fullmatch(NAME, name):
                     raise UserError(
                         f"{name!r} is no name for a {kind} column; take letters, digits and underscores"
                     )
@@ -168,7 +168,7 @@ def describe(job: Job, tools: Tools) -> dict[str, Any]:
     for feature in job.features:
         extractor = tools.extractor(feature.name)
         facts["features"][feature.name] = {
-            "extractor": asdict(Identity(extractor.name)),
+            "extractor": asdict(extractor.identity),
             "width": extractor.width,
         }
     return facts
@@ -206,7 +206,8 @@ def make_plan(raw: Store, out_uri: str, job: Job, facts: Mapping[str, Any]) -> P
     if out is not None:
         old = out.manifest
         latents = _missing(out_uri, "latents", latents, {c.name: c for c in old.latents})
-        text = _missing(out_uri, "embeddings", text, {c.name: c for c in old.text})
+        named = "give the new ones another --text-name"
+        text = _missing(out_uri, "embeddings", text, {c.name: c for c in old.text}, named)
         features = _missing(out_uri, "features", features, {c.name: c for c in old.features})
     elif not (latents or text or features):
         raise UserError("nothing to prepare; ask for at least one resolution, text encoder or feature")
@@ -271,13 +272,19 @@ def _maker(identity: Identity) -> str:
     return f"{identity.name} ({identity.digest[:16]})" if identity.digest else identity.name
 
 
-def _missing(uri: str, kind: str, wanted: Sequence[Any], have: Mapping[str, Any]) -> tuple[Any, ...]:
+def _missing(
+    uri: str,
+    kind: str,
+    wanted: Sequence[Any],
+    have: Mapping[str, Any],
+    advice: str = "ask for the same",
+) -> tuple[Any, ...]:
     for column in wanted:
         old = have.get(column.name)
         if old is not None and summary(old) != summary(column):
             raise UserError(
-                f"{uri} has {kind} {column.name!r} of {summary(old)}; asked for is {summary(column)}; give "
-                "the new column another name, or choose another --out"
+                f"{uri} has {kind} {column.name!r} of {summary(old)}; asked for is {summary(column)}; "
+                f"{advice}, or choose another --out"
             )
     return tuple(column for column in wanted if column.name not in have)
 
@@ -286,9 +293,9 @@ def settings_of(plan: Plan, raw: Store) -> dict[str, Any]:
     """What decides the result of a plan: a killed job goes on only if it is the same."""
     settings: dict[str, Any] = {
         "source": raw.digest,
-        "batch": plan.batch,
+        "--batch": plan.batch,
         "text_batch": plan.text_batch,
-        "keep_images": plan.keep_images,
+        "--keep-images": plan.keep_images,
     }
     settings |= {f"latents {c.name}": summary(c) for c in plan.latents}
     settings |= {f"text {c.name}": summary(c) for c in plan.text}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -55,15 +56,20 @@ class RayEngine:
         self.workers, self.cpus, self.gpus, self.threads = workers, cpus, gpus, threads
         if not ray.is_initialized():
             try:
-                ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+                with warnings.catch_warnings():
+                    # Ray's servers are programs of their own, in which this process's Lance is not used.
+                    warnings.filterwarnings("ignore", message="lance is not fork-safe")
+                    ray.init(
+                        address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+                    )
             except (ConnectionError, ValueError) as error:
                 raise UserError(f"no Ray cluster answers at {address!r} ({_first_line(error)})") from error
         have = ray.cluster_resources()
         for kind, each in (("CPU", cpus), ("GPU", gpus)):
             if each * workers > have.get(kind, 0):
                 raise UserError(
-                    f"{workers} workers of {each:g} {kind} each are asked for, but Ray has "
-                    f"{have.get(kind, 0):g}; take fewer workers or less for each"
+                    f"--workers is {workers} and each takes {each:g} {kind}, but Ray has "
+                    f"{have.get(kind, 0):g}; take fewer workers, or less for each"
                 )
 
     def describe(self, job: Job, makers: Makers) -> dict[str, Any]:

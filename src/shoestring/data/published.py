@@ -32,6 +32,8 @@ class Published:
     prepare: str
     """What to do before ingestion; empty: nothing."""
     options: Options = field(default_factory=Options)
+    images: str = ""
+    """Where the pictures lie below ``PATH``, if not beside the file that names them."""
     filters: Filters = field(default_factory=Filters)
     confirmed: bool = True
     """Whether names of files and columns are known from the set's own users; else they may need a change."""
@@ -57,7 +59,8 @@ class Published:
             return self.source.replace(HERE, str(path)) if self.needs_path else f"{self.kind}:{path}"
         if self.needs_path:
             raise UserError(
-                f"{self.name} has to be downloaded first ({self.home}): {self.prepare}; give its path"
+                f"{self.name} has to be downloaded first ({self.home}): {self.prepare}; give its place with "
+                "--path"
             )
         return self.source
 
@@ -116,8 +119,8 @@ PUBLISHED: dict[str, Published] = {
             licence="JourneyDB terms: research only, on request",
             pictures=4_200_000,
             gigabytes=None,
-            prepare="ask for access, unpack train/imgs/*.tgz and the annotations (.jsonl.tgz), and give "
-            "--images PATH/train/imgs",
+            prepare="ask for access, and unpack train/imgs/*.tgz and the annotations (.jsonl.tgz)",
+            images="train/imgs",
             options=Options(image="img_path", captions=("prompt",)),
             filters=MIN_SIDE,
         ),
@@ -144,7 +147,8 @@ PUBLISHED: dict[str, Published] = {
             licence="annotations CC BY 4.0; pictures of Flickr under their own",
             pictures=40_504,
             gigabytes=6,
-            prepare="unpack val2014.zip and annotations_trainval2014.zip, and give --images PATH/val2014",
+            prepare="unpack val2014.zip and annotations_trainval2014.zip into one folder",
+            images="val2014",
         ),
         Published(
             name="imagenet",

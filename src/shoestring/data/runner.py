@@ -41,15 +41,24 @@ class _Half:
 
 
 @dataclass
-class _Batch:
-    half: _Half
-    column: PictureColumn | None
-    """``None``: nothing to encode, the unit is only copied."""
+class _Part:
+    """What one column makes of a batch."""
+
+    column: PictureColumn
     number: int
-    """Among those of the column in the unit: the key of its random numbers."""
+    """Among the batches of the column in the unit: the key of its random numbers."""
+    shape: tuple[int, int]
+
+
+@dataclass
+class _Batch:
+    """Pictures that are decoded once, for all columns that group them alike (squares always do)."""
+
+    half: _Half
     at: Rows
     """Places in the unit."""
-    shape: tuple[int, int]
+    parts: list[_Part]
+    """Empty: nothing to encode, the unit is only copied."""
 
 
 class Runner:
@@ -137,10 +146,9 @@ class Runner:
         batches = (batch for unit in units for batch in self._batches(unit, _rows(unit)))
         for batch, pixels in ahead(batches, self._load, self.threads, 2):
             half = batch.half
-            if batch.column is not None:
-                self._encode(batch, batch.column, pixels)
-                half.batches -= 1
-            self.tick("records", len(batch.at))
+            self._encode(batch, pixels)
+            half.batches -= 1
+            self.tick("records", len(batch.at) * max(1, len(batch.parts)))
             if half.batches == 0:
                 yield half.unit, self._table(half), half.sums
             else:
@@ -151,8 +159,7 @@ class Runner:
         unit = Unit("records", 0, 0, len(rows))
         batches = self._batches(unit, rows)
         for batch, pixels in ahead(batches, self._load, self.threads, 2):
-            if batch.column is not None:
-                self._encode(batch, batch.column, pixels)
+            self._encode(batch, pixels)
         return self._table(batch.half)
 
     def _batches(self, unit: Unit, rows: Rows) -> Iterator[_Batch]:
@@ -167,17 +174,20 @@ class Runner:
                 "or another --out"
             )
         half = _Half(unit, rows, source, {}, {}, {}, 0)
-        batches: list[_Batch] = []
+        batches: dict[bytes, _Batch] = {}
         for column in plan.pictures:
-            batches += self._column_batches(half, column)
-        half.batches = len(batches)
+            for number, (at, shape) in enumerate(self._groups(half, column)):
+                batch = batches.setdefault(at.tobytes(), _Batch(half, at, []))
+                batch.parts.append(_Part(column, number, shape))
         for column in plan.latents:
             half.sums[column.name] = Sums(column.channels)
-        yield from batches or [_Batch(half, None, 0, rows, (0, 0))]
+        found = list(batches.values()) or [_Batch(half, rows, [])]
+        half.batches = len(found)
+        yield from found
 
-    def _column_batches(self, half: _Half, column: PictureColumn) -> list[_Batch]:
+    def _groups(self, half: _Half, column: PictureColumn) -> Iterator[tuple[Rows, tuple[int, int]]]:
+        """Places of the pictures that a column encodes together, and their shape."""
         count = len(half.rows)
-        batches: list[_Batch] = []
         half.values[column.column] = [None] * count
         if isinstance(column, FeatureColumn):
             shapes: tuple[tuple[int, int], ...] = ((column.resolution, column.resolution),)
@@ -191,31 +201,35 @@ class Runner:
         for bucket, shape in enumerate(shapes):
             places = np.flatnonzero(bucket_N == bucket)
             for start in range(0, len(places), self.plan.batch):
-                at = places[start : start + self.plan.batch]
-                batches.append(_Batch(half, column, len(batches), at, shape))
-        return batches
+                yield places[start : start + self.plan.batch], shape
 
-    def _load(self, batch: _Batch) -> tuple[_Batch, Tensor]:
-        if batch.column is None:
-            return batch, torch.empty(0)
+    def _load(self, batch: _Batch) -> tuple[_Batch, list[Tensor]]:
+        if not batch.parts:
+            return batch, []
         source = _take(self.raw, batch.half.rows[batch.at], ["id", "width", "height", "image"])
-        height, width = batch.shape
-        pixels = np.empty((len(batch.at), 3, height, width), np.uint8)
+        shapes = [part.shape for part in batch.parts]
+        pixels = [np.empty((len(batch.at), 3, *shape), np.uint8) for shape in shapes]
         for i, row in enumerate(source.to_pylist()):
-            # The short side of the original when it is resized to fill the shape.
-            scale = max(width / row["width"], height / row["height"])
+            # The short side of the original when it is resized to fill the largest shape.
+            scale = max(max(width / row["width"], height / row["height"]) for height, width in shapes)
             smallest = int(np.ceil(scale * min(row["width"], row["height"])))
             try:
-                pixels[i] = fit(decode(row["image"], smallest), height, width)
+                picture = decode(row["image"], smallest)
+                for filled, shape in zip(pixels, shapes, strict=True):
+                    filled[i] = fit(picture, *shape)
             except Unusable as reason:
                 raise UserError(
                     f"{self.raw.uri}: the picture of record {row['id']!r} {reason}; it could be read when it "
                     "came in, so the store is damaged: put it back from a copy"
                 ) from reason
-        return batch, torch.from_numpy(pixels)
+        return batch, [torch.from_numpy(each) for each in pixels]
 
-    def _encode(self, batch: _Batch, column: PictureColumn, pixels: Tensor) -> None:
-        half, count = batch.half, len(pixels)
+    def _encode(self, batch: _Batch, pixels: Sequence[Tensor]) -> None:
+        for part, each in zip(batch.parts, pixels, strict=True):
+            self._encode_part(batch, part, each)
+
+    def _encode_part(self, batch: _Batch, part: _Part, pixels: Tensor) -> None:
+        half, count, column = batch.half, len(pixels), part.column
         full = filled_up(pixels, self.plan.batch)
         if isinstance(column, FeatureColumn):
             features_BF = self.tools.extractor(column.name)(full)[:count].half().cpu().numpy()
@@ -228,7 +242,7 @@ class Runner:
             # Of what is stored, rounded as it is.
             shape = (count, column.channels, *moments.shape[2:])
             key = f"statistics of {column.name}, unit {half.unit.start}"
-            noise = torch.randn(shape, generator=stream(0, key, batch.number))
+            noise = torch.randn(shape, generator=stream(0, key, part.number))
             half.sums[column.name].add(codec.latents(moments.float(), noise))
 
     def _moments(self, batch: _Batch, name: str, full: Tensor, count: int) -> Tensor:

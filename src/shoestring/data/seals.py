@@ -18,7 +18,9 @@ from shoestring.data.tables import FileSum, cannot_write, child, file_sum, files
 
 FOLDER = "seals"
 PINS = "pins"
-ALL_TABLES = ("records", "texts", "checksums", "manifest")
+REJECTED = "rejected"
+"""What ingestion left out; only stores that it made have this table."""
+ALL_TABLES = ("records", "texts", REJECTED, "checksums", "manifest")
 Sealed = list[tuple[str, FileSum]]
 
 

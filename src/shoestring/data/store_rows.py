@@ -278,5 +278,8 @@ def _joined(parts: Sequence[tuple[Rows, NDArray[Any]]]) -> Tensor:
     shape = np.max([values.shape[1:] for _, values in parts], axis=0).astype(int).tolist()
     joined = np.zeros((count, *shape), parts[0][1].dtype)
     for mine, values in parts:
-        joined[(mine, *map(slice, values.shape[1:]))] = values
+        if values.ndim > 1:
+            joined[mine, : values.shape[1]] = values
+        else:
+            joined[mine] = values
     return torch.from_numpy(joined)

@@ -10,6 +10,7 @@ from shoestring.data.check_rows import row_problems
 from shoestring.data.seals import (
     ALL_TABLES,
     PINS,
+    REJECTED,
     Sealed,
     data_files,
     listing,
@@ -126,6 +127,9 @@ def _check_version(check: _Check, version: int, needed: bool, sealed: bool) -> N
         store = Store(check.uri, version)
         rows = _rows_of_checksums(store)
         parts = {name: data_files(store.records if name == "records" else store.texts) for name in PARTS}
+        if table_exists(child(check.uri, REJECTED)):
+            table = open_table(child(check.uri, REJECTED), store.manifest.tables.get(REJECTED))
+            parts[REJECTED] = data_files(table)
     except UserError as error:
         if needed:
             check.problem(str(error))

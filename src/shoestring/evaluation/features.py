@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoestring.encoders.weights import weights_digest
+from shoestring.interfaces import Identity
 from shoestring.runtime import UserError
 from shoestring.tensors import Float, UInt8
 
@@ -50,6 +54,11 @@ class EfficientNetLite0Features:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.device = torch.device(device)
         self._network = network.eval().requires_grad_(False).to(self.device)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """The name, and a digest of the weights and of the size at which the network sees a picture."""
+        return Identity(self.name, digest=weights_digest(self._network.state_dict(), {"side": self.side}))
 
     def preprocess(self, pixels: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 side side"]:
         """Resize (bicubic, antialiased) and normalise.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -14,9 +16,10 @@ from rich.console import Console
 from shoestring.config import DataConfig, RunConfig
 from shoestring.config.schema import CODEC_DOWNSAMPLING
 from shoestring.data.buckets import bucket_shapes
-from shoestring.data.caption import caption
+from shoestring.data.caption import NAME, caption, check_captions
 from shoestring.data.forecast import forecast
-from shoestring.data.precompute import Engine, FeatureJob, Job, LatentsJob, Local, TextJob, prepare
+from shoestring.data.jobs import existing
+from shoestring.data.precompute import JOB, Engine, FeatureJob, Job, LatentsJob, Local, TextJob, prepare
 from shoestring.data.store import Store
 from shoestring.data.units import Makers
 from shoestring.encoders.captions import ImageToText
@@ -27,7 +30,7 @@ from shoestring.interfaces import FeatureExtractor, ImageCodec, TextEncoder
 from shoestring.preparing.progress import JobLine
 from shoestring.runtime import UserError, pick_device, say
 
-FEATURES: dict[str, tuple[Callable[[], FeatureExtractor], int]] = {
+FEATURES: dict[str, tuple[Callable[[torch.device], FeatureExtractor], int]] = {
     "efflite0": (EfficientNetLite0Features, EfficientNetLite0Features.side),
 }
 """Teachers by name, and the side of the square that they see."""
@@ -44,7 +47,8 @@ class PrepareOptions:
     dtype: Literal["int8", "float16"] = "int8"
     text_name: str | None = None
     """By default the encoder's name; ``none`` as encoder prepares no captions."""
-    with_text: bool = True
+    with_text: bool | None = None
+    """``None``: where the result is new, or has embeddings of that name."""
     features: tuple[str, ...] = ()
     multiple: int | None = None
     """Sides of buckets are multiples of it; by default codec times 2."""
@@ -105,20 +109,26 @@ def run_prepare(raw_uri: str, out: str, options: PrepareOptions, console: Consol
         for resolution in options.resolutions
     )
     name = options.text_name or data.text_encoder
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"--text-name is {name!r}; take letters, digits and underscores")
+    with_text = options.with_text
+    if with_text is None:
+        have = existing(out, JOB)
+        with_text = have is None or name in {column.name for column in have.manifest.text}
     for feature in options.features:
         if feature not in FEATURES:
             raise UserError(f"--feature {feature!r} is unknown; choose from {', '.join(FEATURES)}")
     job = Job(
         latents=latents,
-        text=(TextJob(name, options.positions, options.dtype),) if options.with_text else (),
+        text=(TextJob(name, options.positions, options.dtype),) if with_text else (),
         features=tuple(FeatureJob(feature, FEATURES[feature][1]) for feature in options.features),
         keep_images=options.keep_images,
         batch=options.batch,
     )
     makers = Makers(
         partial(_codec, data, options.device) if latents else None,
-        {name: partial(_encoder, data, options.device)} if options.with_text else {},
-        {feature: FEATURES[feature][0] for feature in options.features},
+        {name: partial(_encoder, data, options.device)} if with_text else {},
+        {feature: partial(_feature, feature, options.device) for feature in options.features},
     )
     with console.status("Encoding a sample for the forecast"):
         expected = forecast(
@@ -129,7 +139,10 @@ def run_prepare(raw_uri: str, out: str, options: PrepareOptions, console: Consol
             options.usd_per_hour or None,
             options.workers if options.engine == "ray" else 1,
         )
-    say(console, f"{expected}  (predicted from a sample)")
+    if expected.columns:
+        say(console, f"{expected}  (predicted from a sample)")
+    else:
+        say(console, f"{out} has all of these latents, embeddings and features")
     if options.only_forecast:
         return
     expected.check(out, options.yes)
@@ -139,12 +152,39 @@ def run_prepare(raw_uri: str, out: str, options: PrepareOptions, console: Consol
     say(console, f"Done: {out}, version {store.version}. Look at it with: shoestring data sample {out}")
 
 
+@contextmanager
+def _of_options() -> Iterator[None]:
+    """Mistakes that are said of a recipe's settings, said of the options that users of stores give."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"^device: (?=')", "--device ", str(error))
+        text = re.sub(
+            r"data\.(codec_path|codec|text_encoder_path|text_encoder|max_tokens)\b(=?)",
+            lambda found: f"--{found[1].replace('_', '-')}{' ' if found[2] else ''}",
+            text,
+        )
+        raise UserError(text) from error
+
+
+@_of_options()
 def _codec(data: DataConfig, device: str) -> ImageCodec:
     return build_codec(data, pick_device(device))
 
 
+@_of_options()
 def _encoder(data: DataConfig, device: str) -> TextEncoder:
     return build_text_encoder(data, pick_device(device))
+
+
+@_of_options()
+def _feature(name: str, device: str) -> FeatureExtractor:
+    return FEATURES[name][0](pick_device(device))
+
+
+@_of_options()
+def _captioner(model: str, device: str, prompt: str, max_tokens: int) -> ImageToText:
+    return ImageToText(model, pick_device(device), prompt, max_tokens)
 
 
 def _engine(options: PrepareOptions) -> Engine:
@@ -183,17 +223,15 @@ def run_caption(
         UserError: if something does not fit.
     """
     store = Store(uri)
-    where = pick_device(device)
-    captioner = ImageToText(model, where, prompt, max_tokens)
+    check_captions(store, name)
+    captioner = _captioner(model, device, prompt, max_tokens)
 
     def write(pictures: list[Image.Image]) -> list[str]:
         return captioner(pictures)
 
     encoders = {}
     if encoder is not None:
-        encoders = {
-            column.name: partial(build_text_encoder, encoder, where) for column in store.manifest.text
-        }
+        encoders = {column.name: partial(_encoder, encoder, device) for column in store.manifest.text}
     with JobLine(console) as line, torch.no_grad():
         store = caption(store, lambda: write, name, captioner.origin, batch, encoders, progress=line.show)
     say(
@@ -232,7 +270,7 @@ def store_codec(store: Store, codec: str | None, codec_path: str | None, device:
             f"{store.uri} was made by the codec {made_by} and does not say where its weights are; give "
             f"--codec-path"
         )
-    built = build_codec(DataConfig(codec=name, codec_path=path), pick_device(device))
+    built = _codec(DataConfig(codec=name, codec_path=path), device)
     if not built.identity.same(made_by):
         raise UserError(
             f"{store.uri} was made by the codec {made_by}, but this is {built.identity}; give --codec-path"

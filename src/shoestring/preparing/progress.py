@@ -9,6 +9,9 @@ from rich.console import Console
 from shoestring.data.jobs import Progress
 from shoestring.training.display import LiveLine, duration
 
+QUIET_S = 2.0
+"""A job that is done by then shows no line."""
+
 
 class JobLine:
     """A line that is redrawn.
@@ -47,6 +50,8 @@ class JobLine:
         self._show(f"{done / 1e6:,.0f}/{total / 1e6:,.0f} MB", rate, (total - done) / max(rate * 1e6, 1e-9))
 
     def _show(self, text: str, rate: float, left_s: float | None) -> None:
+        if time.monotonic() - self._began_s < QUIET_S:
+            return
         left = "" if left_s is None else f"  {duration(left_s)} left"
         spent = (time.monotonic() - self._began_s) / 3600 * self._usd_per_hour
         self._line.show(f"{text}  {rate:,.1f}/s{left}" + (f"  ${spent:.2f}" if self._usd_per_hour else ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from shoestring.runtime import UserError, write_text
 
 MAY_CHANGE = {"device", "logging", "sampling"}
 """Settings that may differ when a run goes on: they do not change what is learned."""
+PLACES = re.compile(r"data\.(path|cache|cache_gb|stores\.\d+\.path)")
+"""These may too: data may be moved, and what lies there is compared with what the run began with."""
 
 
 class Busy(UserError):
@@ -72,7 +75,9 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
         return
     there, here = _flat(load_yaml(folder / "config.yaml").model_dump()), _flat(config.model_dump())
     for key in sorted(there.keys() | here.keys()):
-        if key.split(".")[0] not in MAY_CHANGE and there.get(key) != here.get(key):
+        if key.split(".")[0] in MAY_CHANGE or PLACES.fullmatch(key):
+            continue
+        if there.get(key) != here.get(key):
             raise UserError(
                 f"{folder} holds a run with {key}={there.get(key)!r}, this one has {here.get(key)!r}; choose "
                 "another folder with --out, or delete that one"

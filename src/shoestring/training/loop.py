@@ -43,6 +43,7 @@ from shoestring.training.optim import Optimizers
 from shoestring.training.schedule import Position, ema_decay, learning_rate, position
 from shoestring.training.stage_data import StageData, check_settings, load_stage
 from shoestring.training.step import Learner, NonFiniteLoss, train_step
+from shoestring.training.stores import check_stages
 
 GRID_PICTURES = 16
 
@@ -68,6 +69,7 @@ class Run:
         if config.model.condition == "text":
             self.text_encoder = build_text_encoder(config.data, self.device)
         check_settings(config, self.codec, self.text_encoder)
+        check_stages(config, self.codec, self.text_encoder, folder, Console(quiet=True))
         self.data = self._load_data(config.stages[0])
         self.sigma_data = config.process.sigma_data or self.data.train.sigma_data()
         network = build_network(config, stream(config.seed, "init")).to(self.device)
@@ -268,7 +270,8 @@ class Run:
             return [names[i % len(names)] for i in range(GRID_PICTURES)]
         held = list(self.data.held_out.captions) if self.data.held_out is not None else []
         held = held[: GRID_PICTURES // 4]
-        return list(self.data.train.captions[: GRID_PICTURES - len(held)]) + held
+        prompts = list(self.data.train.captions[: GRID_PICTURES - len(held)]) + held
+        return prompts or [""] * GRID_PICTURES  # pictures need have no captions
 
     def pipeline(self, nimg: int) -> Pipeline:
         """The current weights as something to draw with."""

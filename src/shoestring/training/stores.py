@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from shoestring.config import RunConfig, StageConfig, StoreConfig
 from shoestring.data.buckets import bucket_shapes
 from shoestring.data.cache import BlockCache
 from shoestring.data.ingest import ingest, rejections
-from shoestring.data.manifest import LatentsColumn, TextColumn
+from shoestring.data.manifest import CaptionsColumn, LatentsColumn, TextColumn
 from shoestring.data.members import Member, choose_rows
 from shoestring.data.precompute import Job, LatentsJob, TextJob, prepare
 from shoestring.data.readers import open_reader
@@ -74,7 +75,7 @@ def own_store(
     shapes = bucket_shapes(stage.resolution, data.buckets, multiple, data.bucket_aspect)
     job = Job(
         latents=(
-            LatentsJob(str(stage.resolution), stage.resolution, shapes, data.flip, min_bucket=stage.batch)
+            LatentsJob(str(stage.resolution), stage.resolution, shapes, data.flip, _min_bucket(config, stage))
             if data.buckets > 1
             else LatentsJob(str(stage.resolution), stage.resolution, shapes, data.flip),
         ),
@@ -84,6 +85,12 @@ def own_store(
     with console.status(f"Preparing {len(raw):,} pictures at {stage.resolution} px"):
         prepare(raw, str(folder / "store"), job, Makers(lambda: codec, encoders))
     return StoreConfig(path=str(folder / "store"))
+
+
+def _min_bucket(config: RunConfig, stage: StageConfig) -> int:
+    """Pictures that fill a batch of every stage at this resolution, after some were held out."""
+    batch = max(other.batch for other in config.stages if other.resolution == stage.resolution)
+    return math.ceil(1.5 * batch / (1 - min(config.data.held_out, 0.9)))  # hashes do not share out evenly
 
 
 def _positions(config: RunConfig) -> Literal["true", "all"]:
@@ -96,6 +103,34 @@ def _listing(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     text = "".join(f"{path.relative_to(folder)} {path.stat().st_size}\n" for path in files)
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def check_stages(
+    config: RunConfig,
+    codec: ImageCodec,
+    text_encoder: TextEncoder | None,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Open the stores of all stages, so that what does not fit a later one is said before training.
+
+    Args:
+        config: of the run; only data.source=store is looked at.
+        codec: of the recipe.
+        text_encoder: of the recipe; ``None`` where captions are not read.
+        folder: run folder.
+        console: where a person reads.
+
+    Raises:
+        UserError: as :func:`open_stores`.
+    """
+    if config.data.source != "store":
+        return
+    for resolution in dict.fromkeys(stage.resolution for stage in config.stages):
+        stages = [stage for stage in config.stages if stage.resolution == resolution]
+        train, _ = open_stores(config, stages[0], codec, text_encoder, folder, console)
+        for stage in stages:
+            train.order(stage.batch)
 
 
 def open_stores(
@@ -133,15 +168,19 @@ def open_stores(
         )
     if data.stores and data.path is not None:
         raise UserError(f"data.path is {data.path!r} and data.stores is set too; leave one of them out")
+    _check_weights(data.stores)
     trained, held = [], []
-    for place in stores:
-        store = _open(place, folder, console)
+    shared: BlockCache | None = None  # one for all: it counts what its folder holds
+    for number, place in enumerate(stores):
+        store = _open(place, number, stage, folder, console)
         latents = _latents(store, stage, codec, config)
         text = None if text_encoder is None else _text(store, text_encoder, config)
-        captions = tuple(store.captions(name) for name in data.captions)
+        _say_unsure(store, latents, text, codec, text_encoder, console)
+        captions = tuple(_captions(store, name) for name in data.captions)
         cache = None
         if "://" in store.uri:
-            cache = BlockCache(Path(data.cache or folder / "cache"), int(data.cache_gb * 1e9))
+            shared = shared or BlockCache(Path(data.cache or folder / "cache"), int(data.cache_gb * 1e9))
+            cache = shared
         train_rows, held_rows = choose_rows(store, latents, captions, data.held_out, data.split)
         trained.append(Member(store, latents, text, captions, train_rows, cache))
         held.append(Member(store, latents, text, captions, held_rows, cache))
@@ -162,20 +201,36 @@ def open_stores(
     return train, StoreData(some, codec, mixing, classes) if some else None
 
 
-def _open(place: StoreConfig, folder: Path, console: Console) -> Store:
-    key = f"store_version {place.path}"
-    version = remember(folder / "machine.json", key, lambda: Store(place.path).version)
+def _check_weights(stores: Sequence[StoreConfig]) -> None:
+    for number, place in enumerate(stores):
+        if not (math.isfinite(place.weight) and place.weight > 0):
+            raise UserError(
+                f"data.stores.{number}.weight is {place.weight:g}, but must be a positive number; to leave "
+                f"{place.path} out, take it off data.stores"
+            )
+
+
+def _open(place: StoreConfig, number: int, stage: StageConfig, folder: Path, console: Console) -> Store:
+    """A store as it was when the run first needed this resolution, wherever it lies now."""
+    path, key = folder / "machine.json", f"store {number} at {stage.resolution} px"
+
+    def newest() -> int:
+        store = Store(place.path)
+        _at_resolution(store, stage)  # a version without it would be of no use
+        return store.version
+
+    version = remember(path, f"{key}: version", newest)
     store = Store(place.path, version)
-    digest = remember(folder / "machine.json", f"store_digest {place.path}", lambda: store.digest)
-    if digest != store.digest:
+    if remember(path, f"{key}: digest", lambda: store.digest) != store.digest:
         raise UserError(
-            f"{place.path} is not the store that the run in {folder} began with; put that one back, or "
-            f"train anew in "
-            "another folder (--out)"
+            f"{place.path} is not the store that the run in {folder} began with; put that one back, or train "
+            "anew in another folder (--out)"
         )
-    pin = f"run-{hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()}"
+    if not len(store):
+        raise UserError(f"{place.path} has no records; leave it out, or ingest and prepare pictures anew")
+    name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
     try:
-        store.pin(pin)
+        store.pin(f"run-{name}-{stage.resolution}")
     except (OSError, ValueError, UserError) as error:
         say(
             console,
@@ -185,17 +240,52 @@ def _open(place: StoreConfig, folder: Path, console: Console) -> Store:
     return store
 
 
-def _latents(store: Store, stage: StageConfig, codec: ImageCodec, config: RunConfig) -> LatentsColumn:
-    """The moments at the stage's resolution by the recipe's codec."""
+def _captions(store: Store, name: str) -> CaptionsColumn:
+    have = [column.name for column in store.manifest.captions]
+    if name not in have:
+        raise UserError(
+            f"data.captions names {name!r}, but {store.uri} has the captions {', '.join(have) or 'none'}; "
+            "set data.captions to some of them, or add them with: shoestring data caption"
+        )
+    return store.captions(name)
+
+
+def _say_unsure(
+    store: Store,
+    latents: LatentsColumn,
+    text: TextColumn | None,
+    codec: ImageCodec,
+    encoder: TextEncoder | None,
+    console: Console,
+) -> None:
+    """Imports do not say which weights made them, and fit all of their kind and size."""
+    pairs = [(latents.codec, codec.identity)]
+    if text is not None and encoder is not None:
+        pairs.append((text.encoder, encoder.identity))
+    for stored, wanted in pairs:
+        if stored.digest != wanted.digest:
+            say(
+                console,
+                f"{store.uri} does not say which weights of {stored.name} made it; they are taken to be "
+                f"those of the recipe, {wanted}",
+            )
+
+
+def _at_resolution(store: Store, stage: StageConfig) -> list[LatentsColumn]:
     columns = store.manifest.latents
     fitting = [column for column in columns if column.resolution == stage.resolution]
     if not fitting:
         have = ", ".join(f"{c.resolution} px ({c.codec.name})" for c in columns) or "none"
         raise UserError(
             f"stage {stage.name!r} has resolution {stage.resolution}, but {store.uri} holds latents at "
-            f"{have}; set the "
-            "resolution to one of them, or add the column with: shoestring data prepare"
+            f"{have}; set the resolution to one of them, or add the column with: shoestring data prepare"
         )
+    return fitting
+
+
+def _latents(store: Store, stage: StageConfig, codec: ImageCodec, config: RunConfig) -> LatentsColumn:
+    """The moments at the stage's resolution by the recipe's codec."""
+    fitting = _at_resolution(store, stage)
     same = [column for column in fitting if column.codec.same(codec.identity)]
     if not same:
         raise UserError(
@@ -203,6 +293,20 @@ def _latents(store: Store, stage: StageConfig, codec: ImageCodec, config: RunCon
             "data.codec and data.codec_path to the store's, or prepare the pictures anew"
         )
     column = same[-1]
+    channels = codec.channels if column.sampled else codec.moment_channels
+    stored = (column.channels, column.moment_channels, column.downsampling)
+    if stored != (codec.channels, channels, codec.downsampling):
+        raise UserError(
+            f"the latents {column.name!r} of {store.uri} have {column.channels} channels, one for "
+            f"{column.downsampling} x {column.downsampling} pixels, but the recipe's codec {codec.identity} "
+            f"has {codec.channels} for {codec.downsampling} x {codec.downsampling}; set data.codec_path to "
+            "the one that made them"
+        )
+    if not column.sigma > 0:
+        raise UserError(
+            f"the latents {column.name!r} of {store.uri} have the deviation {column.sigma:g}, so all its "
+            "pictures are one flat colour and there is nothing to learn; prepare other pictures"
+        )
     if config.data.flip and not column.mirrored and column.downsampling > 1:
         raise UserError(
             f"data.flip is true, but {store.uri} holds no mirrored latents {column.name!r}; prepare with "
@@ -248,6 +352,11 @@ def _text(store: Store, encoder: TextEncoder, config: RunConfig) -> TextColumn:
             "length only; set model.mask_captions=true, or prepare with --positions all"
         )
     column = fitting[-1]
+    if column.width != encoder.width:
+        raise UserError(
+            f"{store.uri} holds captions of width {column.width}, but the recipe's encoder "
+            f"{encoder.identity} gives {encoder.width}; set data.text_encoder_path to the one that made them"
+        )
     if column.max_tokens != encoder.max_tokens:
         raise UserError(
             f"data.max_tokens is {encoder.max_tokens}, but {store.uri} holds captions cut at "
@@ -260,7 +369,13 @@ def _text(store: Store, encoder: TextEncoder, config: RunConfig) -> TextColumn:
 def _check_equal(members: Sequence[Member]) -> None:
     """One batch may hold rows of all stores."""
     first = members[0]
-    for member in members[1:]:
+    keys = [member.key for member in members]
+    for number, member in enumerate(members[1:], 1):
+        if member.key in keys[:number]:
+            raise UserError(
+                f"data.stores.{number}.path is {member.store.uri}, which holds the same records as "
+                f"{members[keys.index(member.key)].store.uri}; name it once, with a higher weight"
+            )
         if member.latents.sampled != first.latents.sampled:
             raise UserError(
                 f"of {first.store.uri} and {member.store.uri} one holds moments and one ready latents; mix "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shoestring.data.captions import READERS as CAPTION_FILES
 from shoestring.data.folder import CAPTION_STEMS, SUFFIXES
-from shoestring.data.readers.base import TARS, Options, Reader
+from shoestring.data.readers.base import ON_COMMAND_LINE, TARS, Options, Reader
 from shoestring.runtime import UserError
 
 __all__ = ["READERS", "Options", "Reader", "open_reader"]
@@ -127,8 +127,11 @@ def open_reader(spec: str, options: Options | None = None) -> Reader:
         kind, path, options = _recognise(spec, options)
     for field in fields(Options):
         if getattr(options, field.name) != field.default and field.name not in READERS[kind].takes:
-            takes = ", ".join(READERS[kind].takes)
-            raise UserError(f"{spec}: {field.name} was given, but {kind} has no use for it; it takes {takes}")
+            takes = ", ".join(ON_COMMAND_LINE[name] for name in READERS[kind].takes)
+            raise UserError(
+                f"{spec}: {ON_COMMAND_LINE[field.name]} was given, but {kind} has no use for it; it takes "
+                f"{takes}"
+            )
     return READERS[kind].open(path, options)
 
 
@@ -139,8 +142,10 @@ def _recognise(spec: str, options: Options) -> tuple[str, str, Options]:
     endings = {**dict.fromkeys(CAPTION_FILES, "table"), ".parquet": "parquet", ".json": "coco"}
     if path.is_file() and path.suffix.lower() in endings:
         return endings[path.suffix.lower()], spec, options
-    if path.is_dir():
+    if spec and path.is_dir():
         return _recognise_folder(path, options)
+    if not spec:
+        raise UserError("the source is empty; give a folder or file of pictures, or KIND:PATH")
     kinds = ", ".join(READERS)
     if path.is_file():
         raise UserError(f"{spec} is of no known kind; give a folder, a tar, .parquet, .jsonl, .csv or .json")

@@ -17,6 +17,16 @@ NO_PICTURE = "no picture"
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture")
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "label_name", "label")
 TARS = (".tar", ".tar.gz", ".tgz")
+ON_COMMAND_LINE = {
+    "image": "--image",
+    "captions": "--caption",
+    "id": "--id",
+    "split": "--split",
+    "numbers": "--where",
+    "images": "--images",
+    "side": "--side",
+}
+"""How users give the options."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +49,9 @@ class Options:
     """Of drawn pictures, in pixels."""
 
     def to_json(self) -> dict[str, Any]:
-        """Those that were given, as plain values."""
-        given = {name: value for name, value in asdict(self).items() if value not in (None, ())}
-        return {name: str(value) if name == "images" else value for name, value in given.items()}
+        """Those that were given, as plain values, by their names on the command line."""
+        given = {ON_COMMAND_LINE[name]: value for name, value in asdict(self).items() if value}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
 class Reader(Protocol):
@@ -114,13 +124,9 @@ def plan(
     captions = options.captions or tuple(usual[:1])
     listed = ", ".join(have) or "no columns"
     if image is None:
-        raise UserError(
-            f"{where}: which column is the picture? It has {listed}; name one with --image-column"
-        )
+        raise UserError(f"{where}: which column is the picture? It has {listed}; name one with --image")
     if not captions:
-        raise UserError(
-            f"{where}: which column is the caption? It has {listed}; name one with --caption-column"
-        )
+        raise UserError(f"{where}: which column is the caption? It has {listed}; name one with --caption")
     return Plan(where, image, captions, options.id, options.numbers, options.images, names)
 
 
@@ -156,7 +162,7 @@ def to_picture(plan: Plan, place: str, record: Mapping[str, Any]) -> Picture | R
         if texts is None:
             raise UserError(
                 f"{plan.where}: column {column} holds {str(value)[:60]!r} ({place}), which is no caption; "
-                "name a column of text, or of lists of texts, with --caption-column"
+                "name a column of text, or of lists of texts, with --caption"
             )
         captions += texts
     return Picture(name, data, tuple(captions), numbers_of(dict(record), plan.numbers))

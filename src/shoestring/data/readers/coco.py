@@ -29,10 +29,12 @@ class CocoReader:
             UserError: if the file cannot be read, or holds no captions.
         """
         self.path, self.options = path, options
+        content = _read(Path(path))
         self.images = options.images or Path(path).parent
         if not self.images.is_dir():
-            raise UserError(f"{self.images} is not a folder; give the folder of the pictures with --images")
-        content = _read(Path(path))
+            raise UserError(
+                f"--images is {str(self.images)!r}, which is not a folder; give that of the pictures"
+            )
         self._pictures: list[tuple[str, str]] = []
         for entry in content["images"]:
             if "id" not in entry or not isinstance(entry.get("file_name"), str):

@@ -79,11 +79,13 @@ class ShapesReader:
             )
         split = options.split or "train"
         if split not in ("train", "held_out"):
-            raise UserError(f"shapes have no split {split!r}; there are train and held_out")
+            raise UserError(
+                f"--split is {split!r}, and shapes have none of that name; there are train and held_out"
+            )
         self._held_out = split == "held_out"
         self._side = options.side or SIDE
         if self._side < 24:
-            raise UserError(f"shapes: side is {self._side}; below 24 pixels shapes cannot be told apart")
+            raise UserError(f"--side is {self._side}; below 24 pixels shapes cannot be told apart")
         self.total: int | None = int(path or MANY)
 
     def items(self, start: int = 0) -> Iterator[Picture | Rejection]:
@@ -109,7 +111,9 @@ def cifar10_files(path: str, split: str | None) -> list[Path]:
     """
     files = dict(zip(("train", "test"), cifar10.FILES, strict=True))
     if split is not None and split not in files:
-        raise UserError(f"cifar10 has no split {split!r}; there are {' and '.join(files)}")
+        raise UserError(
+            f"--split is {split!r}, and cifar10 has none of that name; there are {' and '.join(files)}"
+        )
     chosen = [Path(path) / file for name, file in files.items() if split in (None, name)]
     for file in chosen:
         if not file.is_file():

@@ -84,9 +84,10 @@ class TableReader(FolderReader):
         if self.table.suffix.lower() not in READERS or not self.table.is_file():
             raise UserError(f"{path} is not a caption file; give one that ends in {', '.join(READERS)}")
         self.folder = options.images or self.table.parent
-        _check_folder(self.folder)
+        _check_folder(self.folder, "--images")
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, option: str = "") -> None:
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the folder of your pictures")
+        given = f"{option} is {str(folder)!r}, which" if option else str(folder)
+        raise UserError(f"{given} is not a folder; give the folder of your pictures")
