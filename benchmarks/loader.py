@@ -200,6 +200,7 @@ def others(folder: Path, store: Store) -> None:
 
     if (folder / "datasets").exists():
         return
+    datasets.disable_progress_bars()
     text = store.text("t").columns
     with (
         (folder / "moments.bin").open("wb") as moments,

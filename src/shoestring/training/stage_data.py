@@ -68,11 +68,11 @@ class StageData:
         if method_class(config.tokens).drops_paths:
             path_dropped_B = (draws.path_B < config.tokens.path_drop).to(device)
         return TrainingBatch(
-            x0=self.train.codec.latents(rows.moments_BMhw, draws.posterior).to(device),
+            x0=self._send(self.train.codec.latents(rows.moments_BMhw, draws.posterior)),
             conditioning=self.conditioning(rows).drop(dropped_B),
-            noise=draws.noise.to(device),
-            level_B=draws.level_B.to(device),
-            mask_BL=draws.mask_BL.to(device),
+            noise=self._send(draws.noise),
+            level_B=self._send(draws.level_B),
+            mask_BL=self._send(draws.mask_BL),
             path_dropped_B=path_dropped_B,
         )
 
@@ -121,7 +121,13 @@ class StageData:
         elif model.mask_captions:
             longest = int(mask_BS.sum(1).max())
             text_BSD, mask_BS = text_BSD[:, :longest], mask_BS[:, :longest]
-        return Conditioning(text_BSD.to(self.device), mask_BS.to(self.device))
+        return Conditioning(self._send(text_BSD), self._send(mask_BS))
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To the device; to a GPU through pinned memory, so that the copy runs beside the computation."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
 
 def check_settings(config: RunConfig, codec: ImageCodec, text_encoder: TextEncoder | None) -> None:
