@@ -32,7 +32,7 @@ from shoestring.data.store_rows import Mixing, StoreData
 from shoestring.data.tables import child, commit_new, write_piece
 from shoestring.encoders.image import PixelCodec
 from shoestring.interfaces import Identity
-from shoestring.runtime import write_text
+from shoestring.runtime import keep_freed_memory, write_text
 
 UNIT, WIDTH, LONGEST = 1024, 1024, 28
 SQUARE = ((256, 256),)
@@ -310,6 +310,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()  # as the command line does
     if options.memory:
         table = memory(options.folder, min(options.rows, 3_000), 64, options.epochs)
     else:

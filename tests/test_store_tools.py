@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from raw_stores import MeanCodec, WordText, job_of_tests, make_raw
+from shoestring.data.compact import compact
 from shoestring.data.describe import column_bytes, info, sample_rows, stats
 from shoestring.data.embeddings import unpack
 from shoestring.data.jobs import Progress, begin
@@ -499,3 +500,29 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     merged = Store(str(tmp_path / "out"))
     assert rows_of(merged) == rows_of(Store(str(tmp_path / "a"))) + rows_of(Store(str(tmp_path / "b")))
     assert verify(merged.uri).problems == []
+
+
+def test_compact_joins_fragments_and_changes_nothing_else(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", rows=50, unit_rows=8, buckets=BUCKETS)
+    store.pin("run")
+    made = compact(store.uri, rows=32)
+    assert made.version > store.version
+    assert len(made.records.get_fragments()) < len(store.records.get_fragments())
+    assert made.records.to_table().equals(store.records.to_table())
+    assert made.texts.to_table().equals(store.texts.to_table())
+    assert not verify(store.uri).problems
+    assert compact(store.uri, rows=32).version == made.version  # nothing left to join
+    made.clean()
+    assert Store(store.uri, store.version).take([49], ["id"])["id"].to_pylist() == ["r000049"]
+    assert not verify(store.uri).problems
+
+
+def test_compact_does_not_seal_damage_in(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", rows=50, unit_rows=8)
+    file = next((tmp_path / "s" / "records" / "data").iterdir())
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"records/data/.* is missing or damaged"):
+        compact(store.uri)
+    assert Store(store.uri).version == store.version

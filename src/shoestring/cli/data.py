@@ -168,6 +168,15 @@ def merge(
 
 
 @app.command()
+def compact(store: StoreArgument) -> None:
+    """Join small fragments, which random access reads faster; prepare does it at the end for local stores."""
+    from shoestring.data.compact import compact as run
+
+    made = run(store)
+    say(console, f"{store}: version {made.version}; older ones are removed by: shoestring data clean {store}")
+
+
+@app.command()
 def clean(store: StoreArgument) -> None:
     """Remove versions that are neither the newest nor pinned by a run; only while nobody writes."""
     from shoestring.data.describe import size_text

@@ -88,7 +88,7 @@ def unpack(
     values_TD, first = tokens.reshape(-1, column.width), first // column.width
     count_B = np.diff(first)[order_B]
     longest = int(count_B.max(initial=1))
-    text_BSD = np.zeros((len(order_B), longest, column.width), dtype=np.float32)
+    text_BSD = np.empty((len(order_B), longest, column.width), dtype=np.float32)
     scale_T1 = None
     if column.dtype == "int8":
         scales, scale_first = flat(rows[column.columns[1]], np.float16)
@@ -102,6 +102,7 @@ def unpack(
             np.multiply(
                 values_TD[start : start + count], scale_T1[start : start + count], text_BSD[b, :count]
             )
+        text_BSD[b, count:] = 0
     true_B = rows[column.columns[-1]].to_numpy()[order_B]
     return text_BSD, np.arange(longest)[None] < true_B[:, None]
 

@@ -24,7 +24,7 @@ class Prefetcher(Generic[Key, Result]):
     """
 
     def __init__(
-        self, make: Callable[[Key], Result], following: Callable[[Key], Key], ahead: int = 2, threads: int = 2
+        self, make: Callable[[Key], Result], following: Callable[[Key], Key], ahead: int = 3, threads: int = 3
     ) -> None:
         self._make, self._following, self._ahead = make, following, ahead
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")

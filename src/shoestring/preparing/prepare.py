@@ -21,6 +21,7 @@ from shoestring.data.forecast import forecast
 from shoestring.data.jobs import existing
 from shoestring.data.precompute import JOB, Engine, FeatureJob, Job, LatentsJob, Local, TextJob, prepare
 from shoestring.data.store import Store
+from shoestring.data.tables import child, table_exists
 from shoestring.data.units import Makers
 from shoestring.encoders.captions import ImageToText
 from shoestring.encoders.image import build_codec
@@ -147,8 +148,14 @@ def run_prepare(raw_uri: str, out: str, options: PrepareOptions, console: Consol
         return
     expected.check(out, options.yes)
     workers = options.workers if options.engine == "ray" else 1
+    new = not table_exists(child(out, "manifest"))
     with JobLine(console, options.usd_per_hour * workers) as line:
         store = prepare(raw, out, job, makers, _engine(options), line.show)
+    if "://" not in out:  # elsewhere it would copy the whole store over the network
+        with console.status("Joining fragments"):
+            store = compact(out)
+            if new:  # nobody reads the version of a moment ago
+                store.clean()
     say(console, f"Done: {out}, version {store.version}. Look at it with: shoestring data sample {out}")
 
 
