@@ -14,6 +14,7 @@ import pytest
 
 from raw_stores import make_raw
 from shoestring.data.store import Store
+from shoestring.runtime import UserError
 from test_ingest import encoded, make_folder, noise
 
 Mistake = Callable[..., str]
@@ -173,3 +174,21 @@ def test_ctrl_c_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path: Path
     assert process.returncode == 130, said
     assert said.strip() == "shoestring: interrupted; the same command goes on from here"
     assert "4,000 read, 4,000 kept" in call(*words[1:])
+
+
+def test_old_versions_go_when_their_pin_is_given_up(
+    raw: str, tmp_path: Path, call: Call, mistake: Mistake
+) -> None:
+    store = tmp_path / "store"
+    call("prepare", raw, "--out", store, "--resolution", 16, "--text-encoder", "hashing")
+    first = Store(str(store))
+    first.pin("run-1")
+    call("prepare", raw, "--out", store, "--feature", "efflite0")
+    call("clean", store)
+    assert Store(str(store), first.version).manifest == first.manifest
+    assert "run-1" in mistake("data", "unpin", store, "run-2")
+    call("unpin", store, "run-1")
+    assert "0 bytes" not in call("clean", store)
+    with pytest.raises(UserError, match="cannot be opened"):
+        Store(str(store), first.version)
+    assert "is whole" in call("verify", store)

@@ -177,6 +177,22 @@ def compact(store: StoreArgument) -> None:
 
 
 @app.command()
+def unpin(
+    store: StoreArgument,
+    pin: Annotated[str, typer.Argument(help="name of the pin, as data info shows it")],
+) -> None:
+    """Give up the version that a run has pinned, so that clean may remove it."""
+    from shoestring.data.describe import pins
+    from shoestring.data.store import Store
+
+    opened = Store(store)
+    if pin not in pins(opened):
+        raise UserError(f"{store} has no pin {pin!r}; it has {', '.join(pins(opened)) or 'none'}")
+    opened.unpin(pin)
+    say(console, f"{store}: {pin} is given up")
+
+
+@app.command()
 def clean(store: StoreArgument) -> None:
     """Remove versions that are neither the newest nor pinned by a run; only while nobody writes."""
     from shoestring.data.describe import size_text

@@ -81,6 +81,10 @@ def filesystem(uri: str) -> tuple[pa.fs.FileSystem, str]:
         return pa.fs.LocalFileSystem(), os.path.abspath(uri)  # noqa: PTH100 (a string is wanted)
     try:
         return pa.fs.FileSystem.from_uri(uri)
+    except OSError as error:  # of S3 the region is asked for
+        raise UserError(
+            f"{uri} cannot be reached ({str(error).splitlines()[0][:200]}); check address, network and login"
+        ) from error
     except pa.ArrowInvalid:
         import fsspec
 

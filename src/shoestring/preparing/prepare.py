@@ -17,6 +17,7 @@ from shoestring.config import DataConfig, RunConfig
 from shoestring.config.schema import CODEC_DOWNSAMPLING
 from shoestring.data.buckets import bucket_shapes
 from shoestring.data.caption import NAME, caption, check_captions
+from shoestring.data.compact import compact
 from shoestring.data.forecast import forecast
 from shoestring.data.jobs import existing
 from shoestring.data.precompute import JOB, Engine, FeatureJob, Job, LatentsJob, Local, TextJob, prepare

@@ -37,7 +37,8 @@ class MDSReader:
         latents = [name for name in columns if "latents" in name]
         if latents and options.image is None and not set(IMAGE_COLUMNS) & set(columns):
             raise UserError(
-                f"{path} holds latents ({', '.join(latents)}) and no pictures; only pictures are ingested"
+                f"{path} holds latents ({', '.join(latents)}) and no pictures; make a store of it with: "
+                "shoestring data import-mds"
             )
         texts = [name for name, kind in columns.items() if name.startswith("caption") and kind == "str"]
         self._plan = plan(
