@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from shoestring.data.order import SHUFFLED, Order, Slots, StoreRows, _mixture, feistel
+from shoestring.data.order import SHUFFLED, Order, Slots, StoreRows, _mixture
+from shoestring.data.permutation import feistel
 from shoestring.runtime import UserError
 
 SEEDS = st.integers(0, 2**32)

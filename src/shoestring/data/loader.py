@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoestring.data.order import Order, StoreRows, batch_number, scatter_bits
+from shoestring.data.order import Order, StoreRows, batch_number
+from shoestring.data.permutation import scatter_bits
 from shoestring.data.records import CaptionedImages
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.runtime import stream, stream_seed

@@ -2,7 +2,7 @@
 
 Nothing here is a state: batch number k is computed from k, so ranks, workers, micro-batches and restarts
 cannot change what a run sees. Integers are exact throughout; the only random thing is a permutation that is
-evaluated at single places (:func:`feistel`).
+evaluated at single places (:func:`shoestring.data.permutation.feistel`).
 """
 
 from __future__ import annotations
@@ -15,78 +15,14 @@ from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shoestring.data.permutation import GOLDEN, ODD, Ints, Words, below, feistel, mix, words_of
 from shoestring.runtime import UserError, stream_seed
 
-Ints = NDArray[np.int64]
-Words = NDArray[np.uint64]
 Number = int | float | Fraction
 
-ROUNDS = 12
-"""Of the permutation. Over 60,000 keys, 8 and 10 rounds fail a chi-square test of the 24 orders of four rows
-(45 and 35, expected 23), 12 pass it (26)."""
 SHUFFLED = 64
 """Batches of different shapes change places within groups of so many."""
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ODD = np.uint64(0xD1342543DE82EF95)
-
-
-def _mix(words: Words) -> Words:
-    """Scatter 64 bits. Source: the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), variant 13."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
-
-
-def _below(words: Words, bound: Words) -> Words:
-    """Random words to integers below ``bound`` (at most 2**32), without the slow remainder."""
-    return ((words >> np.uint64(32)) * bound) >> np.uint64(32)
-
-
-def _words(values: int | Ints | Words) -> Words:
-    return np.atleast_1d(np.asarray(values)).astype(np.uint64)
-
-
-def feistel(index_N: Ints, n: int | Ints, key: int | Words) -> Ints:
-    """A permutation of ``range(n)`` at some places: no table, no state.
-
-    A number is split into the two digits of a base near sqrt(n); in turn each digit is shifted by a keyed
-    hash of the other, which can be undone, so the whole is a bijection. As the digits count slightly more
-    than n numbers, results that are too large are permuted again until they fit.
-
-    Args:
-        index_N: places, each in ``range(n)``.
-        n: how many numbers, 1 to 2**40; one for all places or one a place.
-        key: any 64 bits; chooses the permutation; one for all places or one a place.
-
-    Returns:
-        The numbers at these places.
-
-    Source: Black and Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002 (method 3 and
-    cycle-walking).
-    """
-    size, keys = _words(n), _words(key)
-    high = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
-    low = (size + high - np.uint64(1)) // high
-    result = _rounds(index_N.astype(np.uint64), high, low, keys)
-    while len(out := np.flatnonzero(result >= size)):
-        part = [np.broadcast_to(words, result.shape)[out] for words in (high, low, keys)]
-        result[out] = _rounds(result[out], *part)
-    return result.astype(np.int64)
-
-
-def _rounds(numbers: Words, high: Words, low: Words, keys: Words) -> Words:
-    """The permutation of ``range(high * low)``."""
-    here, there = numbers // low, numbers % low
-    base, other = high, low
-    for _ in range(ROUNDS):
-        keys = keys + _GOLDEN
-        here = here + _below(_mix(there * _ODD + keys), base)
-        # Below zero wraps around to something huge, so this is the remainder by the base.
-        here = np.minimum(here, here - base)
-        here, there, base, other = there, here, other, base
-    return here * low + there
 
 
 @dataclass(frozen=True)
@@ -273,7 +209,7 @@ class _Bucket:
         """The rows of sample numbers, and the epoch that each is in."""
         rows_N = self._rows_P[part_N]
         epoch_N, place_N = np.divmod(number_N, rows_N)
-        key_N = _mix(self._key_P[part_N] + epoch_N.astype(np.uint64) * _GOLDEN)
+        key_N = mix(self._key_P[part_N] + epoch_N.astype(np.uint64) * GOLDEN)
         window_N = self._window_P[part_N]
         if not window_N.any():
             return feistel(place_N, rows_N, key_N), epoch_N
@@ -307,7 +243,7 @@ def _in_windows(place_N: Ints, rows_N: Ints, key_N: Words, block_N: Ints, window
     """
     full_N, short_N = np.divmod(rows_N, block_N)  # at least one full block, else one window took all
     gap_N = np.where(short_N > 0, block_N - short_N, 0)
-    short_at_N = _below(_mix(key_N + _ODD), _words(full_N + 1)).astype(np.int64)
+    short_at_N = below(mix(key_N + ODD), words_of(full_N + 1)).astype(np.int64)
     gap_start_N = short_at_N * block_N + short_N
 
     def with_gap(place_N: Ints) -> Ints:
@@ -320,7 +256,7 @@ def _in_windows(place_N: Ints, rows_N: Ints, key_N: Words, block_N: Ints, window
     number_N = with_gap(place_N) // size_N
     start_N = without_gap(number_N * size_N)
     end_N = np.minimum(without_gap((number_N + 1) * size_N), rows_N)
-    window_key_N = _mix(key_N + _words(number_N + 2) * _ODD)
+    window_key_N = mix(key_N + words_of(number_N + 2) * ODD)
     place_N = start_N + feistel(place_N - start_N, end_N - start_N, window_key_N)
     block_at_N, inside_N = np.divmod(with_gap(place_N), block_N)
     is_short_N = (short_N > 0) & (block_at_N == short_at_N)
@@ -454,19 +390,6 @@ def _check_bucket(bucket: _Bucket, batch: int) -> None:
         f"{batch}; {lower}prepare the stores again with a higher --min-bucket (shoestring data prepare), "
         "which sends pictures of rarer shapes to the nearest larger bucket"
     )
-
-
-def scatter_bits(number_N: Ints, key: int) -> Words:
-    """64 random-looking bits for each number.
-
-    Args:
-        number_N: any numbers, such as those of samples.
-        key: any 64 bits; other keys give independent bits.
-
-    Returns:
-        The bits.
-    """
-    return _mix(_words(number_N) * _ODD + _mix(_words(key)))
 
 
 def batch_number(first_nimg: int, nimg: int, batch: int) -> int:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from shoestring.data.loader import Batch, is_mirrored
 from shoestring.data.members import Member, Rows
-from shoestring.data.order import Order, Slots, StoreRows, batch_number, scatter_bits
+from shoestring.data.order import Order, Slots, StoreRows, batch_number
+from shoestring.data.permutation import scatter_bits
 from shoestring.data.prefetch import Prefetcher
 from shoestring.data.records import CaptionedImages
 from shoestring.interfaces import ImageCodec
