@@ -25,6 +25,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from shoestring.data.compact import compact
 from shoestring.data.manifest import CaptionsColumn, LatentsColumn, Manifest, SourceFacts, TextColumn
 from shoestring.data.members import Member
 from shoestring.data.store import CAPTIONS, RECORDS, Store, save_checksums, save_manifest
@@ -240,7 +241,10 @@ def drop_pages(folder: Path) -> None:
 def measure(folder: Path, rows: int, batch: int, batches: int, turns: int) -> list[dict[str, object]]:
     """Print the table; returns its rows."""
     uri = folder / "store"
-    store = Store(str(uri)) if (uri / "manifest").exists() else build(uri, rows, SQUARE)
+    if not (uri / "manifest").exists():
+        build(uri, rows, SQUARE)
+        compact(str(uri)).clean()
+    store = Store(str(uri))
     rows = len(store)
     others(folder, store)
     size = sum(p.stat().st_size for p in uri.rglob("*") if p.is_file())

@@ -192,3 +192,15 @@ def test_old_versions_go_when_their_pin_is_given_up(
     with pytest.raises(UserError, match="cannot be opened"):
         Store(str(store), first.version)
     assert "is whole" in call("verify", store)
+
+
+def test_prepare_joins_fragments_if_asked_to(tmp_path: Path, call: Call) -> None:
+    raw = make_raw(tmp_path / "raw", rows=12, unit_rows=4).uri
+    for name, words in (("plain", []), ("joined", ["--compact"])):
+        call(
+            "prepare", raw, "--out", tmp_path / name, "--resolution", 16, "--text-encoder", "hashing", *words
+        )
+    plain, joined = Store(str(tmp_path / "plain")), Store(str(tmp_path / "joined"))
+    assert [len(store.records.get_fragments()) for store in (plain, joined)] == [3, 1]
+    assert joined.records.to_table().equals(plain.records.to_table())
+    assert "is whole" in call("verify", joined.uri)

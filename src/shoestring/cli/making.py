@@ -174,6 +174,9 @@ def prepare(
     device: Device = "auto",
     usd_per_hour: Annotated[float, typer.Option(help="price of a machine", min=0)] = 0.0,
     only_forecast: Annotated[bool, typer.Option("--forecast", help="only print what it would take")] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="join fragments at the end: slower to make, faster to read")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="begin even if the disk seems too small")] = False,
 ) -> None:
     """Encode pictures and captions for training; interrupted, the same command goes on.
@@ -250,6 +253,7 @@ def prepare(
         gpus=gpus or 0.0,
         device=device,
         usd_per_hour=usd_per_hour,
+        compact=compact,
         yes=yes,
         only_forecast=only_forecast,
     )

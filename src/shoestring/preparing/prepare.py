@@ -63,6 +63,8 @@ class PrepareOptions:
     gpus: float = 0.0
     device: str = "auto"
     usd_per_hour: float = 0.0
+    compact: bool = False
+    """Join fragments at the end; over a network that copies the whole store."""
     yes: bool = False
     only_forecast: bool = False
 
@@ -152,7 +154,7 @@ def run_prepare(raw_uri: str, out: str, options: PrepareOptions, console: Consol
     new = not table_exists(child(out, "manifest"))
     with JobLine(console, options.usd_per_hour * workers) as line:
         store = prepare(raw, out, job, makers, _engine(options), line.show)
-    if "://" not in out:  # elsewhere it would copy the whole store over the network
+    if options.compact:
         with console.status("Joining fragments"):
             store = compact(out)
             if new:  # nobody reads the version of a moment ago
