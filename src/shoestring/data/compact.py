@@ -74,6 +74,5 @@ def _check(table: str, files: list[FileSum]) -> None:
         if not same:
             raise UserError(
                 f"{table}/{file.path} is missing or damaged; see what else is with: shoestring data verify, "
-                f"and put "
-                "it back from a copy"
+                "and put it back from a copy"
             )

@@ -50,7 +50,9 @@ class RayEngine:
         try:
             import ray
         except ImportError as error:
-            raise UserError("--engine ray needs the package ray; run: pip install 'ray[data]'") from error
+            raise UserError(
+                "--engine ray needs the package ray; run: pip install 'shoestring[ray]'"
+            ) from error
         if workers < 1:
             raise UserError(f"--workers is {workers}; it must be at least 1")
         self.workers, self.cpus, self.gpus, self.threads = workers, cpus, gpus, threads

@@ -278,7 +278,7 @@ def store_codec(store: Store, codec: str | None, codec_path: str | None, device:
     if path is None and name != "pixels":
         raise UserError(
             f"{store.uri} was made by the codec {made_by} and does not say where its weights are; give "
-            f"--codec-path"
+            "--codec-path"
         )
     built = _codec(DataConfig(codec=name, codec_path=path), device)
     if not built.identity.same(made_by):

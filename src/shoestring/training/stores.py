@@ -310,18 +310,15 @@ def _latents(store: Store, stage: StageConfig, codec: ImageCodec, config: RunCon
     if config.data.flip and not column.mirrored and column.downsampling > 1:
         raise UserError(
             f"data.flip is true, but {store.uri} holds no mirrored latents {column.name!r}; prepare with "
-            f"--flip, or "
-            "set data.flip=false"
+            "--flip, or set data.flip=false"
         )
     for height, width in column.buckets:
         unit = column.downsampling * config.model.patch_size
         if height % unit or width % unit:
             raise UserError(
                 f"{store.uri} holds pictures of {width} x {height}, whose sides are no multiples of {unit} "
-                f"(codec "
-                f"{column.downsampling} times model.patch_size {config.model.patch_size}); set "
-                f"model.patch_size to "
-                "a smaller one, or prepare with --multiple"
+                f"(codec {column.downsampling} times model.patch_size {config.model.patch_size}); set "
+                "model.patch_size to a smaller one, or prepare with --multiple"
             )
     sigma = config.process.sigma_data
     if sigma is not None and not 0.5 <= sigma / column.sigma <= 2:
@@ -348,8 +345,7 @@ def _text(store: Store, encoder: TextEncoder, config: RunConfig) -> TextColumn:
     if not fitting:
         raise UserError(
             f"model.mask_captions is false, so padding is attended to, but {store.uri} holds captions at "
-            f"their true "
-            "length only; set model.mask_captions=true, or prepare with --positions all"
+            "their true length only; set model.mask_captions=true, or prepare with --positions all"
         )
     column = fitting[-1]
     if column.width != encoder.width:
@@ -379,8 +375,7 @@ def _check_equal(members: Sequence[Member]) -> None:
         if member.latents.sampled != first.latents.sampled:
             raise UserError(
                 f"of {first.store.uri} and {member.store.uri} one holds moments and one ready latents; mix "
-                f"stores "
-                "of one kind"
+                "stores of one kind"
             )
         if member.latents.buckets != first.latents.buckets:
             raise UserError(

@@ -155,8 +155,8 @@ class HubReader:
             import huggingface_hub
         except ImportError as error:
             raise UserError(
-                f"hf:{path} needs the package {error.name}; run: pip install datasets, or download the "
-                "data set's Parquet files and give their folder"
+                f"hf:{path} needs the package {error.name}; run: pip install 'shoestring[hub]', or download "
+                "the data set's Parquet files and give their folder"
             ) from error
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity_error()
