@@ -46,8 +46,7 @@ from shoestring.runtime import (
     stream,
     write_text,
 )
-from shoestring.training.ema import EMA
-from shoestring.training.optim import Optimizers
+from shoestring.training.schedule import Position
 from shoestring.training.step import Learner, TrainingBatch, train_step
 
 SIDE = 32
@@ -162,25 +161,19 @@ def build(options: argparse.Namespace, side: str, device: torch.device) -> Step:
     network.to(device)
     process = EDMProcess(SIGMA_DATA)
     workers = Workers(options.workers if options.workers is not None else default_workers(device))
-    learner = Learner(
-        model=network,
-        tokens=kind.tokens,
-        process=process,
-        denoiser=process.denoiser(network, PRECISIONS[options.precision]),
-        optimizers=Optimizers(network, OptimizerConfig(weight_decay=0.0), workers),
-        ema=EMA(network),
-        workers=workers,
-    )
     if options.compile:
         for block in network.all_blocks():
             block.compile(isolate_recompiles=True, dynamic=False)
+    optimizer = OptimizerConfig(weight_decay=0.0)
+    precision = PRECISIONS[options.precision]
+    learner = Learner.build(network, kind.tokens, process, optimizer, workers, precision=precision)
     mask_ratio = options.mask if kind.masked else 0.0
 
     def step(batch: TrainingBatch) -> float:
         size = len(batch.x0)
-        micro = options.micro_batch
-        stage = StageConfig(name="benchmark", nimg=1, batch=size, micro_batch=micro, lr=LEARNING_RATE)
-        return train_step(learner, batch, stage, LEARNING_RATE, mask_ratio, EMA_DECAY)[0]
+        stage = StageConfig(name="benchmark", nimg=1, batch=size, lr=LEARNING_RATE, ema_decay=EMA_DECAY)
+        here, micro = Position(0, stage, 0, 0, 0), options.micro_batch or size
+        return train_step(learner, batch, micro, LEARNING_RATE, mask_ratio, here).loss.item()
 
     return step
 

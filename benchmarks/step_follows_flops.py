@@ -26,7 +26,7 @@ import torch
 
 from shoestring.planning import model_flops
 from shoestring.runtime import default_workers, keep_freed_memory, write_text
-from train_step import CAPTION_TOKENS, CPU, MODELS, SIDE, build_ours, make_batch, timed
+from train_step import CAPTION_TOKENS, CPU, MODELS, SIDE, build_ours, make_batch, step_shapes, timed
 
 BAR = 0.85
 
@@ -53,7 +53,8 @@ def measure(options: argparse.Namespace) -> Result:
     """Time both kinds of step in turns."""
     config = MODELS[options.model]()
     workers = options.workers if options.workers is not None else default_workers(CPU)
-    _, step = build_ours(config, options.compile, workers)
+    shapes = step_shapes([options.batch], [0.0, options.mask], workers, SIDE // config.patch_size)
+    _, step = build_ours(config, options.compile, workers, shapes)
     generator = torch.Generator().manual_seed(1)
     pairs = []
     for i in range(options.warmup + options.steps):

@@ -29,8 +29,7 @@ from shoestring.recipes.maskdit import DENSE, MASKDIT, SIZES, dit, maskdit
 from shoestring.runtime import Workers
 from shoestring.sampling.guidance import GuidedDenoiser
 from shoestring.tensors import visible_from_noise
-from shoestring.training.ema import EMA
-from shoestring.training.optim import Optimizers
+from shoestring.training.schedule import Position
 from shoestring.training.step import Learner, TrainingBatch, train_step
 from test_parity import X, assert_summary, fill
 
@@ -420,9 +419,7 @@ def test_every_condition_trains(name):
     config, tokens = CONDITIONS[name], MASKDIT
     network = MaskDiT(config, tokens)
     network.initialize(torch.Generator().manual_seed(0))
-    workers = Workers(1)
-    optimizers = Optimizers(network, OptimizerConfig(weight_decay=0.0), workers)
-    learner = Learner(network, tokens, PROCESS, PROCESS.denoiser(network), optimizers, EMA(network), workers)
+    learner = Learner.build(network, tokens, PROCESS, OptimizerConfig(weight_decay=0.0), Workers(1))
     batch = TrainingBatch(
         x0=0.5 * torch.randn(2, 4, 8, 8),
         conditioning=condition(config).drop(torch.tensor([False, True])),
@@ -431,6 +428,8 @@ def test_every_condition_trains(name):
         mask_BL=torch.rand(2, 16),
     )
     stage = StageConfig(name="s", nimg=2, batch=2, lr=3e-3, noise=NoiseConfig(mean=-1.2, std=1.2))
-    losses = [train_step(learner, batch, stage, 3e-3, ratio, 0.9)[0] for ratio in [0.5] * 25 + [0.0] * 25]
+    here = Position(0, stage, 0, 0, 0)
+    ratios = [0.5] * 25 + [0.0] * 25
+    losses = [train_step(learner, batch, 2, 3e-3, ratio, here).loss.item() for ratio in ratios]
     assert losses[24] < 0.8 * losses[0]
     assert losses[-1] < 0.9 * losses[25]

@@ -36,8 +36,7 @@ from shoestring.models.transformer import DiffusionTransformer
 from shoestring.planning import model_flops, plan
 from shoestring.runtime import Workers, stream
 from shoestring.tensors import complement, patchify, visible_count, visible_from_noise
-from shoestring.training.ema import EMA
-from shoestring.training.optim import Optimizers
+from shoestring.training.schedule import Position
 from shoestring.training.step import Draws, Learner, TrainingBatch, train_step
 
 CONDITIONS = ("text", "class", "none")
@@ -481,13 +480,12 @@ def test_the_example_of_contributing_trains_and_is_counted(example):
     config = RunConfig(name="example", model=model, tokens=tokens, stages=stages)
     net = build_network(config, stream(0, "init"))
     process = EDMProcess(0.5)
-    workers = Workers(1)
-    optimizers = Optimizers(net, config.optimizer, workers)
-    learner = Learner(net, tokens, process, process.denoiser(net), optimizers, EMA(net), workers)
+    learner = Learner.build(net, tokens, process, config.optimizer, Workers(1))
     draws = Draws.make(0, "train", 0, 8, (3, 8, 8), 16)
     classes = Conditioning(class_B=torch.arange(8) % 3)
     batch = TrainingBatch(0.5 * draws.posterior, classes, draws.noise, draws.level_B, draws.mask_BL)
-    losses = [train_step(learner, batch, stages[0], 3e-3, 0.5, 0.9)[0] for _ in range(8)]
+    here = Position(0, stages[0], 0, 0, 0)
+    losses = [train_step(learner, batch, 8, 3e-3, 0.5, here).loss.item() for _ in range(8)]
     assert losses[-1] < 0.9 * losses[0]
 
     visible = visible_from_noise(draws.mask_BL[:1], 0.5)

@@ -25,8 +25,12 @@ class UserError(ValueError):
     """A mistake of the user: shown as one sentence, exit code 2, no traceback."""
 
 
+class SaidElsewhere(UserError):
+    """A mistake that another process of the run has reported already."""
+
+
 class TrainingFailed(RuntimeError):
-    """The loss became NaN or infinite; said in one sentence, the last good checkpoint is kept."""
+    """Training diverged; said in one sentence, the last good checkpoint is kept."""
 
 
 def stream_seed(seed: int, purpose: str, index: int = 0) -> int:

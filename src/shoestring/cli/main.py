@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +12,16 @@ import typer
 from rich.console import Console
 
 from shoestring import recipes
+from shoestring.cli.averages import ema
 from shoestring.cli.data import app as data_app
+from shoestring.cli.planning import plan
+from shoestring.cli.profiling import profile
+from shoestring.cli.watching import compare, watch
 from shoestring.config import RunConfig, apply_overrides, to_yaml
-from shoestring.runtime import TrainingFailed, UserError, keep_freed_memory, pick_device, say
+from shoestring.runtime import SaidElsewhere, TrainingFailed, UserError, keep_freed_memory, pick_device, say
 
 INTERRUPTED = 130
-FAILED = 1
+FAILED = 3
 USER_MISTAKE = 2
 TABLE_WIDTH = 200
 
@@ -33,6 +38,11 @@ app.add_typer(recipes_app, name="recipes")
 study_app = typer.Typer(help="Compare methods side by side.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 app.add_typer(data_app, name="data")
+app.command()(ema)
+app.command()(plan)
+app.command()(watch)
+app.command()(compare)
+app.command()(profile)
 
 Recipe = Annotated[str, typer.Argument(help="name of a recipe (see: shoestring recipes list) or a YAML file")]
 Overrides = Annotated[
@@ -52,18 +62,43 @@ def _folder(config: RunConfig, out: Path | None) -> Path:
 
 
 @app.command()
-def train(recipe: Recipe, overrides: Overrides = None, out: Out = None) -> None:
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Out = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="processes on this machine, one a GPU [default: 1]", min=1)
+    ] = None,
+    from_stage: Annotated[
+        str | None, typer.Option(help="leave out the stages before this one (name or number)")
+    ] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="go on although settings have changed")
+    ] = False,
+) -> None:
     """Train a model; interrupted, the same command goes on.
 
     Your own pictures: shoestring train demo data.source=folder data.path=my_pics
     """
-    from shoestring.training.loop import train as run
+    from shoestring.training.launch import Launcher, check_ranks, is_first, without_nproc
+    from shoestring.training.starting import from_stage as cut
 
     config = recipes.resolve(recipe, overrides or [])
+    if from_stage is not None:
+        config = cut(config, from_stage)
     folder = _folder(config, out)
-    if not run(config, folder, console):
+    if nproc is not None and nproc > 1:
+        check_ranks(config, nproc)
+        code = Launcher(without_nproc(sys.argv[1:]), nproc, folder, console).run()
+        if code:
+            raise typer.Exit(code)
+        return
+    from shoestring.training.loop import train as run
+
+    if not run(config, folder, console, allow_changes):
         raise typer.Exit(INTERRUPTED)
-    say(console, f'Done: {folder}. Draw with: shoestring sample {folder} --prompt "..."')
+    if is_first():
+        say(console, f'Done: {folder}. Draw with: shoestring sample {folder} --prompt "..."')
 
 
 @app.command()
@@ -232,11 +267,13 @@ def main() -> None:
     keep_freed_memory()
     try:
         app()
+    except SaidElsewhere:
+        sys.exit(USER_MISTAKE)
     except UserError as error:
         say(Console(stderr=True), f"shoestring: {error}")
         sys.exit(USER_MISTAKE)
-    except TrainingFailed as error:
-        say(Console(stderr=True), f"shoestring: {error}")
+    except TrainingFailed as error:  # of all ranks at once
+        say(Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0"), f"shoestring: {error}")
         sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

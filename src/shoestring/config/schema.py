@@ -22,8 +22,12 @@ CODEC_DOWNSAMPLING = {
 }
 """Pixels per latent along one side, as far as it is known without the weights (the usual ones)."""
 
+SHORTEST_AVERAGE, LONGEST_AVERAGE = 0.001, 0.2886
+"""Of power-function averages, as a share of the run: just below 1/sqrt(12), where all weights count alike."""
+
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+AverageLength = Annotated[float, Field(ge=SHORTEST_AVERAGE, le=LONGEST_AVERAGE)]
 
 
 class Frozen(BaseModel):
@@ -104,6 +108,9 @@ class ModelConfig(Frozen):
     decoder: DecoderConfig = setting("decoder", DecoderConfig())
     experts: ExpertsConfig = setting("mixture of experts", ExpertsConfig())
     bias: bool = setting("biases in attention, dense FFN, caption block and mixer maps", False)
+    mup_base_dim: int | None = setting(
+        "muP: dim at which learning rate and initial weights were tuned; null = off", None, gt=0
+    )
     qk_norm: bool = setting("normalise queries and keys of self-attention over the whole width", True)
     norm_eps: Positive = setting("epsilon of every layer norm", 1e-6)
     mask_captions: bool = setting(
@@ -129,6 +136,21 @@ class ModelConfig(Frozen):
                 f"decoder.dim is {self.decoder.dim}; it must be a multiple of 4 and of decoder.head_dim "
                 f"({self.decoder.head_dim})"
             )
+        if self.mup_base_dim is not None:
+            widths = {"dim": self.dim} | {
+                f"{name}.dim": part.dim
+                for name, part in (("mixer", self.mixer), ("decoder", self.decoder))
+                if part.depth
+            }
+            for name, width in widths.items():
+                head = self.decoder.head_dim if name == "decoder.dim" else self.head_dim
+                unit = math.lcm(head, 4)
+                if width * self.mup_base_dim % (self.dim * unit):
+                    raise ValueError(
+                        f"mup_base_dim is {self.mup_base_dim}, at which {name} would be "
+                        f"{width * self.mup_base_dim / self.dim:g}; it must be a multiple of {unit} (of the "
+                        "heads' width and of 4)"
+                    )
         if self.kind == "maskdit" and self.experts.count:
             raise ValueError(
                 f"experts.count is {self.experts.count}; blocks of kind maskdit have no experts, set it to 0"
@@ -140,11 +162,21 @@ class ModelConfig(Frozen):
                     f"{name} has {len(values)} values; their number must divide depth ({self.depth})"
                 )
             smallest = min((values.first, values.last) if isinstance(values, Ramp) else values)
-            if self.dim * smallest < 2:
+            narrowest = min(self.dim, self.mup_base_dim or self.dim)
+            if narrowest * smallest < 2:
                 raise ValueError(
-                    f"{name} goes down to {smallest}; it must be at least {2 / self.dim:g} (2 / dim)"
+                    f"{name} goes down to {smallest}; it must be at least {2 / narrowest:g} (2 / dim)"
                 )
         return self
+
+    def at_width(self, dim: int) -> ModelConfig:
+        """The same network at another width: mixer and decoder in proportion, heads as wide as before."""
+
+        def scaled(part: MixerConfig | DecoderConfig) -> dict[str, Any]:
+            return part.model_dump() | ({"dim": part.dim * dim // self.dim} if part.depth else {})
+
+        changes = {"dim": dim, "mixer": scaled(self.mixer), "decoder": scaled(self.decoder)}
+        return ModelConfig.model_validate(self.model_dump() | changes | {"mup_base_dim": None})
 
     def per_block(self, name: Literal["qkv_multipliers", "ffn_multipliers"]) -> tuple[float, ...]:
         """The multipliers of all backbone blocks."""
@@ -283,8 +315,11 @@ class StageConfig(Frozen):
     mask_power: Positive = setting("cosine: its power (MaskDiT tunes with 4)", 4.0)
     lr: Positive = setting("peak learning rate (of AdamW)")
     warmup_nimg: int = setting("images of linear warm-up", 0, ge=0)
-    lr_schedule: Literal["constant", "cosine", "linear"] = setting("shape after the warm-up", "constant")
+    lr_schedule: Literal["constant", "cosine", "linear", "wsd"] = setting(
+        "shape after the warm-up; wsd: constant, then linear", "constant"
+    )
     lr_end_ratio: Share = setting("the schedule ends at this share of the peak", 0.0)
+    lr_decay_share: float = setting("wsd: share of the stage in which the rate falls", 0.2, gt=0, le=1)
     clip_norm: Positive | None = setting("clip the gradient to this norm; null = never", 1.0)
     noise: NoiseConfig = setting("training noise levels", NoiseConfig())
     ema_decay: float | None = setting(
@@ -301,6 +336,13 @@ class StageConfig(Frozen):
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(
                 f"batch is {self.batch}; it must be a multiple of micro_batch ({self.micro_batch})"
+            )
+        stable_nimg = (1 - self.lr_decay_share) * self.steps * self.batch
+        if self.lr_schedule == "wsd" and self.warmup_nimg > stable_nimg:
+            raise ValueError(
+                f"warmup_nimg is {self.warmup_nimg}, but with lr_schedule=wsd and lr_decay_share="
+                f"{self.lr_decay_share:g} the rate falls from image {stable_nimg:.0f} of the stage on; make "
+                "one of them smaller"
             )
         return self
 
@@ -335,7 +377,9 @@ class OptimizerConfig(Frozen):
     beta1: float = setting("AdamW", 0.9, ge=0, lt=1)
     beta2: float = setting("AdamW", 0.999, ge=0, lt=1)
     eps: Positive = setting("AdamW", 1e-8)
-    weight_decay: float = setting("of matrices; gains, biases and routers are never decayed", 0.1, ge=0)
+    weight_decay: float = setting(
+        "of matrices; never of gains, biases, routers, class table, mask tokens", 0.1, ge=0
+    )
     decay_everything: bool = setting("decay every parameter, as the released MicroDiT did", False)
     expert_lr_scale: Positive = setting("learning rate of expert weights relative to the rest", 1.0)
     muon_lr_scale: Positive = setting("Muon's learning rate relative to AdamW's", 1.0)
@@ -390,9 +434,39 @@ class LoggingConfig(Frozen):
     sample_nimg: int = setting("a sample grid", 50_000, gt=0)
     checkpoint_nimg: int = setting("a checkpoint", 50_000, gt=0)
     keep_checkpoints: int = setting("the last checkpoints kept", 2, ge=1)
+    milestone_nimg: int | None = setting(
+        "checkpoints at each so many images, and at each stage's end, are kept for good; null = none", None, gt=0
+    )
     prompts: tuple[str, ...] = setting("captions of the sample grids; empty = from the data", ())
     tensorboard: bool = setting("write TensorBoard files when it is installed", True)
+    wandb: str | None = setting(
+        "project on Weights & Biases (a package of its own); null = none", None, min_length=1
+    )
+    trackio: str | None = setting("project in trackio (a package of its own); null = none", None, min_length=1)
     usd_per_hour: float = setting("price of the machine, for the cost so far", 0.0, ge=0)
+
+
+class ParallelConfig(Frozen):
+    """How the network is spread over several processes; it does not change what is computed."""
+
+    sharding: Literal["auto", "ddp", "fsdp", "hybrid"] = setting(
+        "auto = ddp (a copy on every rank); fsdp: shared out; hybrid: a copy per group of ranks", "auto"
+    )
+    shard_ranks: int | None = setting("hybrid: ranks that share one copy", None, ge=2)
+
+
+class GuardConfig(Frozen):
+    """What happens when training goes wrong. A step that is not finite never changes anything."""
+
+    max_skips: int = setting("so many steps of a window that are not finite roll the run back", 5, ge=1)
+    window: int = setting("steps over which losses are compared, the last quarter with the rest", 128, ge=16)
+    warmup: int = setting("first steps of a stage or mask ratio, whose losses are not compared", 128, ge=0)
+    spike: Positive = setting("a loss is a spike so many spreads above the usual (of logarithms)", 8.0)
+    good_after: int = setting("a checkpoint is good if so many good steps followed it", 64, ge=0)
+    max_rollbacks: int = setting("times a diverged run is rolled back before it stops", 3, ge=0)
+    lr_cut: float = setting("factor of the learning rate after each roll-back", 0.5, gt=0, le=1)
+    dead_step: int = setting("step at which parameters that never had a gradient are named", 20, ge=8)
+    stall_s: Positive = setting("seconds without a batch after which the source of the data is named", 60.0)
 
 
 class RunConfig(Frozen):
@@ -408,9 +482,23 @@ class RunConfig(Frozen):
     process: ProcessConfig = setting("noise process", ProcessConfig())
     data: DataConfig = setting("data", DataConfig())
     stages: tuple[StageConfig, ...] = setting("stages, in order", min_length=1)
+    initial_weights: str | None = setting(
+        "begin with these: run or checkpoint folder, model file, released file; null = drawn", None
+    )
     optimizer: OptimizerConfig = setting("optimiser", OptimizerConfig())
+    power_ema: tuple[AverageLength, ...] = setting(
+        "lengths of power-function averages to keep, e.g. [0.05, 0.1], for shoestring ema", ()
+    )
     sampling: SamplingConfig = setting("sampling", SamplingConfig())
     logging: LoggingConfig = setting("logging", LoggingConfig())
+    guard: GuardConfig = setting("guard rails", GuardConfig())
+    parallel: ParallelConfig = setting("several processes", ParallelConfig())
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len({f"{length:g}" for length in self.power_ema}) < len(self.power_ema):
+            raise ValueError(f"power_ema is {list(self.power_ema)}; two lengths are the same, give each once")
+        return self
 
     @property
     def nimg(self) -> int:

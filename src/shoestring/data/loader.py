@@ -63,16 +63,32 @@ class TrainingData(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, first_nimg: int, nimg: int, count: int) -> Batch:
-        """A batch of a stage.
+    def batch(self, first_nimg: int, nimg: int, count: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """A batch of a stage, or the share of one rank.
 
         Args:
             first_nimg: images of the run before the stage.
             nimg: images of the run before this batch.
-            count: batch size of the stage.
+            count: batch size of the stage, over all ranks.
+            rank: whose share.
+            ranks: how many share; the shares one after another are the batch.
 
         Returns:
             The batch: a function of these numbers, the data and the seed alone.
+        """
+        ...
+
+    def name(self, first_nimg: int, nimg: int, count: int, place: int) -> str:
+        """What a person calls a sample.
+
+        Args:
+            first_nimg: of its batch, as are the next two; see :meth:`batch`.
+            nimg: see :meth:`batch`.
+            count: see :meth:`batch`.
+            place: in the whole batch.
+
+        Returns:
+            E.g. ``record r000031 of /data/store``.
         """
         ...
 
@@ -136,12 +152,18 @@ class PreparedData:
         mask_BS = None if self.text_mask_US is None else self.text_mask_US[caption_B]
         return Batch(moments, text_BSD, mask_BS, self._classes[caption_B])
 
-    def batch(self, first_nimg: int, nimg: int, count: int) -> Batch:
+    def batch(self, first_nimg: int, nimg: int, count: int, rank: int = 0, ranks: int = 1) -> Batch:
         """See :meth:`TrainingData.batch`; the batch may reach into the next epoch."""
         order = Order([StoreRows("memory", {ALL: len(self)})], self.seed, count)
-        slots = order.batch(batch_number(first_nimg, nimg, count))
+        slots = order.batch(batch_number(first_nimg, nimg, count)).part(rank, ranks)
         mirror_B = torch.from_numpy(is_mirrored(self.seed, slots.sample_B))
         return self.rows(torch.from_numpy(slots.row_B), mirror_B)
+
+    def name(self, first_nimg: int, nimg: int, count: int, place: int) -> str:
+        """See :meth:`TrainingData.name`."""
+        order = Order([StoreRows("memory", {ALL: len(self)})], self.seed, count)
+        row = int(order.batch(batch_number(first_nimg, nimg, count)).row_B[place])
+        return f"picture {row:,} ({self.captions[int(self.caption_N[row])]!r})"
 
     def some(self, count: int) -> Batch:
         """See :meth:`TrainingData.some`."""

@@ -96,6 +96,11 @@ class Member:
         lists = [table[name].take(pa.array(back)) for name in names]
         return self.words(_choose(lists, np.zeros(len(places), np.int64)))
 
+    def name(self, bucket: int, place: int) -> str:
+        """What a person calls a sample: the id of its record, and the store."""
+        table, _ = self._take(self.store.records, self.rows[bucket][[place]], ["id"])
+        return f"record {table['id'][0].as_py()} of {self.store.uri}"
+
     def _values(self, column: pa.ChunkedArray, shape: tuple[int, int, int]) -> NDArray[Any]:
         """Binary values of one length as one array, without a copy."""
         with self._reading():

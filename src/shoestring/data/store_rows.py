@@ -56,7 +56,7 @@ class StoreData:
     codec: ImageCodec
     mixing: Mixing
     classes: tuple[str, ...] | None = None
-    _prefetcher: Prefetcher[tuple[int, int], Batch] | None = field(default=None, init=False, repr=False)
+    _prefetcher: Prefetcher[tuple[int, int, int, int], Batch] | None = field(default=None, init=False, repr=False)
     _order: Order | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -95,21 +95,32 @@ class StoreData:
             self._order = order = Order(stores, mixing.seed, batch, **choice)
         return order
 
-    def batch(self, first_nimg: int, nimg: int, count: int) -> Batch:
-        """A batch of a stage; the next ones are prepared meanwhile.
+    def batch(self, first_nimg: int, nimg: int, count: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """A batch of a stage, or the share of one rank; the next ones are prepared meanwhile.
 
         Args:
             first_nimg: images of the run before the stage.
             nimg: images of the run before this batch.
-            count: batch size of the stage.
+            count: batch size of the stage, over all ranks.
+            rank: whose share.
+            ranks: how many share.
 
         Returns:
             The batch.
         """
         order = self.order(count)
         if self._prefetcher is None:
-            self._prefetcher = Prefetcher(lambda key: self.read(self.order(key[1]).batch(key[0])), _next)
-        return self._prefetcher.get((batch_number(first_nimg, nimg, order.batch_size), count))
+            self._prefetcher = Prefetcher(
+                lambda key: self.read(self.order(key[1]).batch(key[0]).part(key[2], key[3])), _next
+            )
+        return self._prefetcher.get((batch_number(first_nimg, nimg, order.batch_size), count, rank, ranks))
+
+    def name(self, first_nimg: int, nimg: int, count: int, place: int) -> str:
+        """See :meth:`shoestring.data.loader.TrainingData.name`."""
+        order = self.order(count)
+        slots = order.batch(batch_number(first_nimg, nimg, order.batch_size))
+        bucket = [_label(shape) for shape in self.buckets].index(slots.bucket)
+        return self.members[int(slots.store_B[place])].name(bucket, int(slots.row_B[place]))
 
     def close(self) -> None:
         """Stop preparing batches."""
@@ -263,8 +274,8 @@ def distinct_captions(members: Sequence[Member]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _next(key: tuple[int, int]) -> tuple[int, int]:
-    return key[0] + 1, key[1]
+def _next(key: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    return key[0] + 1, *key[1:]
 
 
 def _label(shape: tuple[int, int]) -> str:

@@ -19,6 +19,7 @@ def validation_loss(
     x0: Float[Tensor, "B C H W"],
     conditioning: Conditioning,
     batch: int = 64,
+    first: int = 0,
 ) -> dict[float, float]:
     """Weighted loss over all patches at fixed noise-to-signal ratios, with the same noise every time.
 
@@ -30,12 +31,13 @@ def validation_loss(
         x0: clean latents.
         conditioning: their captions.
         batch: samples at once; the result does not depend on it beyond rounding.
+        first: number of the first sample, where these are a part: noise belongs to the number.
 
     Returns:
         Mean loss by sigma / alpha.
     """
     noise = torch.stack(
-        [torch.randn(x0.shape[1:], generator=stream(0, "validation", i)) for i in range(len(x0))]
+        [torch.randn(x0.shape[1:], generator=stream(0, "validation", first + i)) for i in range(len(x0))]
     ).to(x0.device)
     losses: dict[float, float] = {}
     for ratio in process.validation_sigmas():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,6 +76,59 @@ def save_model(path: Path, tensors: dict[str, Tensor], config: RunConfig, facts:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a model file says of itself, and some of its tensors."""
+
+    config: RunConfig
+    facts: ModelFacts
+    tensors: dict[str, Tensor]
+
+
+def read_header(path: Path, names: Sequence[str] | None = ()) -> Header:
+    """Configuration and facts of a model file, and the tensors of some names.
+
+    Args:
+        path: a safetensors file written by :func:`save_model`.
+        names: of the tensors to read, those that are missing left out; ``None`` = all.
+
+    Returns:
+        What was found.
+
+    Raises:
+        UserError: if the file is missing, damaged or not ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            there = file.keys()
+            wanted = there if names is None else [name for name in names if name in there]
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is damaged or not a safetensors file ({error}); take another checkpoint"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a model of shoestring: its header says format {header.get('format')!r}, "
+            f"not {FORMAT!r}"
+        )
+    stored = json.loads(header["facts"])
+    facts = ModelFacts(**stored | {"classes": tuple(stored.get("classes", ()))})  # JSON knows lists only
+    return Header(from_json(header["config"]), facts, tensors)
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is one that :func:`save_model` wrote; false also for what is no safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
 def load_model(path: Path) -> tuple[RunConfig, DiffusionTransformer, ModelFacts]:
     """Read a model file.
 
@@ -87,26 +141,10 @@ def load_model(path: Path) -> tuple[RunConfig, DiffusionTransformer, ModelFacts]
     Raises:
         UserError: if the file is missing, damaged, not ours, or does not fit its own configuration.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is damaged or not a safetensors file ({error}); take another checkpoint"
-        ) from error
-    if header.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is not a model of shoestring: its header says format {header.get('format')!r}, "
-            f"not {FORMAT!r}"
-        )
-    config = from_json(header["config"])
-    stored = json.loads(header["facts"])
-    facts = ModelFacts(**stored | {"classes": tuple(stored.get("classes", ()))})  # JSON knows lists only
+    header = read_header(path, None)
+    config, facts = header.config, header.facts
     network = build_network(config)
-    load_weights(network, tensors, str(path))
+    load_weights(network, header.tensors, str(path))
     network.position_scale = facts.position_scale
     return config, network.eval(), facts
 

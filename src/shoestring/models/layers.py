@@ -7,13 +7,14 @@ state dict of the other.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoestring.models.attention import AttentionKind, attend
+from shoestring.models.attention import AttentionKind, Choices, attend
 from shoestring.tensors import Bool, Float, Int
 
 
@@ -89,6 +90,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * width, bias=bias)
         self.proj = nn.Linear(width, dim, bias=bias)
         self.head_dim, self.eps, self.kind, self.qk_norm = head_dim, eps, kind, qk_norm
+        self.choices: Choices = {}
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Attend over the L tokens where ``mask_BL`` is true (all without a mask)."""
@@ -97,7 +99,7 @@ class SelfAttention(nn.Module):
             q = F.layer_norm(q, (q.shape[-1],), eps=self.eps)
             k = F.layer_norm(k, (k.shape[-1],), eps=self.eps)
         q, k, v = (_heads(t, self.head_dim) for t in (q, k, v))
-        return self.proj(_merge(attend(q, k, v, mask_BL, self.kind)))
+        return self.proj(_merge(attend(q, k, v, mask_BL, self.kind, self.choices)))
 
 
 class CrossAttention(nn.Module):
@@ -109,6 +111,7 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(dim, 2 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim, bias=bias)
         self.head_dim, self.eps, self.kind = head_dim, eps, kind
+        self.choices: Choices = {}
 
     def keys_values(self, y_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the caption, shaped ``B N S P``: they do not depend on the noise."""
@@ -120,7 +123,7 @@ class CrossAttention(nn.Module):
         """Attend from ``x_BLD`` to what :meth:`keys_values` gave."""
         q = self.q_linear(x_BLD)
         q = _heads(F.layer_norm(q, (q.shape[-1],), eps=self.eps), self.head_dim)
-        return self.proj(_merge(attend(q, *keys_values, mask_BS, self.kind)))
+        return self.proj(_merge(attend(q, *keys_values, mask_BS, self.kind, self.choices)))
 
 
 class SwiGLU(nn.Module):
@@ -243,6 +246,8 @@ class TransformerBlock(nn.Module):
     norm1: LayerNorm
     adaLN_modulation: AdaLN
     cross: bool
+    compiled: Callable[..., Tensor] | None = None
+    """:meth:`compute` of such blocks, compiled; see :mod:`shoestring.training.compiling`."""
 
     def norms(self) -> tuple[LayerNorm | None, LayerNorm]:
         """The norms before cross-attention (``None`` without captions) and before the feed-forward."""
@@ -251,7 +256,19 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x_BLD: Tensor, c_BD: Tensor, caption: Tensor | KeysValues | None, mask_BS: Tensor | None
     ) -> Tensor:
-        """One block; ``caption`` is caption tokens, or keys and values prepared from them."""
+        """One block; ``caption`` is caption tokens, or keys and values prepared from them.
+
+        Compiled, if it is, where gradients are taken: sampling and validation come with shapes of their own,
+        each of which would be compiled anew.
+        """
+        if self.compiled is not None and torch.is_grad_enabled():
+            return self.compiled(self, x_BLD, c_BD, caption, mask_BS)
+        return self.compute(x_BLD, c_BD, caption, mask_BS)
+
+    def compute(
+        self, x_BLD: Tensor, c_BD: Tensor, caption: Tensor | KeysValues | None, mask_BS: Tensor | None
+    ) -> Tensor:
+        """What :meth:`forward` gives, never compiled."""
         before_cross, before_mlp = self.norms()
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=-1)
         x_BLD = x_BLD + gate1[:, None] * self.attn(modulate(self.norm1(x_BLD), shift1, scale1))

@@ -17,15 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 from shoestring.config.schema import ModelConfig, TokensConfig
 from shoestring.interfaces import Conditioning, NetworkOutput
+from shoestring.models.attention import Choices
 from shoestring.models.layers import (
     Activation,
     CaptionBlock,
     CaptionMLP,
     ClassEmbedding,
+    CrossAttention,
     LayerNorm,
     ModulatedLinear,
     NormLinear,
     PatchEmbedding,
+    SelfAttention,
     TimeEmbedding,
     TransformerBlock,
     sincos_positions,
@@ -33,6 +36,7 @@ from shoestring.models.layers import (
 )
 from shoestring.models.moe import ExpertChoice
 from shoestring.models.routing import build_method
+from shoestring.models.width import Widths
 from shoestring.tensors import Bool, Float, Int, complement, gather_tokens, masked_mean, scatter_tokens
 
 
@@ -140,7 +144,7 @@ class DiffusionTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig, tokens: TokensConfig | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tokens = config, tokens if tokens is not None else TokensConfig()
         self.patch_size, self.in_channels = config.patch_size, config.in_channels
         self.position_scale = 1.0
         dim, eps, activation = config.dim, config.norm_eps, self.activation
@@ -175,7 +179,7 @@ class DiffusionTransformer(nn.Module):
             self.decoder_blocks = nn.ModuleList(self._decoder())
         outputs = config.in_channels * config.patch_size**2
         self.final_layer = ModulatedLinear(last_dim, dim, outputs, eps, self.output_gain, activation)
-        self.routing = build_method(config, tokens if tokens is not None else TokensConfig())
+        self.routing = build_method(config, self.tokens)
         self.predicts_all = self.routing.predicts_all
         self.register_buffer("pos_embed", None)
         self.register_buffer("decoder_pos_embed", None)
@@ -224,21 +228,34 @@ class DiffusionTransformer(nn.Module):
         """
         raise NotImplementedError
 
+    def widths(self) -> Widths:
+        """The weights beside those of the same network at ``mup_base_dim``."""
+        base = self.config.mup_base_dim
+        if base is None:
+            return Widths({}, {})
+        with torch.device("meta"):
+            other = type(self)(self.config.at_width(base), self.tokens)
+        own, there = ({n: p.shape for n, p in network.named_parameters()} for network in (self, other))
+        return Widths(own, there)
+
     def _initialize_linears(self, generator: torch.Generator) -> None:
         """All linear maps and the patch embedding Xavier-uniform, biases zero, gains one."""
-        for module in self.modules():
+        widths = self.widths()
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
+                gain = widths.xavier_gain(f"{name}.weight")
+                nn.init.xavier_uniform_(module.weight, gain, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, LayerNorm) and module.weight is not None:
                 nn.init.ones_(module.weight)
         patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1), generator=generator)
+        gain = widths.xavier_gain("x_embedder.proj.weight")
+        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1), gain, generator=generator)
 
     def _initialize_rest(self, generator: torch.Generator) -> None:
         """Class table and mask tokens normal with std 0.02; output, its modulation and the way into the
-        decoder zero. Source: released MicroDiT and MaskDiT.
+        decoder zero. Then all weights are scaled for the width. Source: released MicroDiT and MaskDiT.
         """
         if isinstance(self.y_embedder, ClassEmbedding):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=generator)
@@ -251,10 +268,20 @@ class DiffusionTransformer(nn.Module):
         for layer in zeroed:
             nn.init.zeros_(layer.linear.weight)
             nn.init.zeros_(layer.adaLN_modulation.linears[0].weight)
+        widths = self.widths()
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(widths.initial_scale(name))
 
     def all_blocks(self) -> list[nn.Module]:
         """The blocks of mixer, backbone and decoder, e.g. to compile them."""
         return [*self.patch_mixer, *self.blocks, *self.decoder_blocks]
+
+    def use_attention(self, choices: Choices) -> None:
+        """Train with these forms of attention by shape, where ``model.attention`` is ``auto``."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention | CrossAttention):
+                module.choices = dict(choices)
 
     def positions(self, grid: tuple[int, int], like: Tensor, name: str = "pos_embed") -> Tensor:
         """Position table for a grid: that of a loaded file if it fits, else computed and kept.

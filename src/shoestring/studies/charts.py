@@ -13,6 +13,13 @@ from html import escape
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 24, 26, 40
 MAX_POINTS = 400
+COLORS = (
+    *("#2563a8", "#c2570c", "#2c8a4b", "#8b4bb3", "#b3243f", "#6b7280", "#0e8fa3", "#a8890f"),
+    *("#1b1b1b", "#e08ab5", "#7fb800", "#5b3a1e"),
+)
+"""Of lines that must be told apart, the first ones best."""
+SMOOTHING = 10
+"""A smoothed line is a moving mean over a tenth of its points."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,16 @@ def line_chart(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name} over {escape(x_label)}">'
         f"{''.join(parts)}</svg>{_legend(lines)}</div>"
     )
+
+
+def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Moving mean of y, centred, over a fixed share of the points."""
+    half = len(points) // (2 * SMOOTHING)
+    return [
+        (x, math.fsum(v for _, v in window) / len(window))
+        for i, (x, _) in enumerate(points)
+        if (window := points[max(0, i - half) : i + half + 1])
+    ]
 
 
 def _band(band: Band, px: Callable[[float], float]) -> str:

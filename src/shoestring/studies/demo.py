@@ -44,8 +44,8 @@ from shoestring.sampling.generate import (
     to_pil,
 )
 from shoestring.studies.report import ReportData, write_report
-from shoestring.training.checkpoint import checkpoint_folders
 from shoestring.training.display import read_log
+from shoestring.training.folder import checkpoint_folders
 from shoestring.training.loop import train
 from shoestring.training.stage_data import real_pictures
 

@@ -20,11 +20,11 @@ Metrics = Mapping[str, float | None]
 HERE = '<span class="here">measured here</span>'
 
 
-def html_table(caption: str, head: Sequence[str], rows: Sequence[str]) -> str:
-    """A table with its caption, marked as measured here; cells are markup."""
+def html_table(caption: str, head: Sequence[str], rows: Sequence[str], mark: str = HERE) -> str:
+    """A table with its caption, marked as measured here or otherwise; cells are markup."""
     cells = "".join(f'<th scope="col">{name}</th>' for name in head)
     return (
-        f'<div class="scroll"><table><caption>{caption} {HERE}</caption><thead><tr>{cells}</tr></thead>'
+        f'<div class="scroll"><table><caption>{caption} {mark}</caption><thead><tr>{cells}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 

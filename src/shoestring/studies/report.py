@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -12,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from shoestring.runtime import write_text
-from shoestring.studies.charts import Band, Line, line_chart
+from shoestring.studies.charts import Band, Line, line_chart, smoothed
 from shoestring.studies.page import (
     HERE,
     Metrics,
@@ -43,11 +42,9 @@ from shoestring.studies.report_template import (
     RETRIEVAL,
     STAGES,
 )
-from shoestring.training.display import duration
+from shoestring.training.display import duration, rows_of
 
 MAX_FRAMES = 8
-SMOOTHING = 10
-"""The smoothed loss is a moving mean over a tenth of its stage."""
 
 Row = Mapping[str, Any]
 
@@ -218,7 +215,7 @@ def _curves(train: Sequence[Row], validation: Sequence[Row], stages: Sequence[Se
         Band(start, stage[-1]["nimg"], _masking(stage), shaded=max(r["mask_ratio"] for r in stage) > 0)
         for start, stage in zip(starts, stages, strict=True)
     ]
-    smooth = [point for stage in stages for point in _smoothed([(r["nimg"], r["loss"]) for r in stage])]
+    smooth = [point for stage in stages for point in smoothed([(r["nimg"], r["loss"]) for r in stage])]
     loss = [
         Line("", [(r["nimg"], r["loss"]) for r in train], "var(--a)", faint=True),
         Line("training, smoothed", smooth, "var(--a)"),
@@ -264,7 +261,7 @@ def _stage_table(stages: Sequence[Sequence[Row]], starts: Sequence[int]) -> str:
             escape(str(last["stage"])), _masking(stage), f"{last['nimg'] - start:,}",
             duration(last["elapsed_s"] - before_s), short(speed),
             percent(median(shares)) if shares else "not measured",
-            f"{_smoothed([(r['nimg'], r['loss']) for r in stage])[-1][1]:.4g}",
+            f"{smoothed([(r['nimg'], r['loss']) for r in stage])[-1][1]:.4g}",
         ]  # fmt: skip
         before_s = last["elapsed_s"]
         rows.append(table_row(cells))
@@ -363,9 +360,8 @@ def _provenance(data: ReportData) -> str:
 
 
 def _by_progress(log: Sequence[Row], kind: str) -> list[Row]:
-    """Lines of one kind by images seen. After a resume some were written twice: the later one holds."""
-    rows = {row["nimg"]: row for row in log if row.get("kind") == kind and finite(row.get("loss"))}
-    return [rows[nimg] for nimg in sorted(rows)]
+    """Lines of one kind that have a loss, by images seen."""
+    return [row for row in rows_of(log, kind) if finite(row.get("loss"))]
 
 
 def _stages(train: Sequence[Row]) -> list[list[Row]]:
@@ -381,13 +377,3 @@ def _masking(stage: Sequence[Row]) -> str:
     if first == last:
         return f"{percent(first)} masked" if first else "unmasked"
     return f"{percent(first)} to {percent(last)} masked"
-
-
-def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Moving mean of y, centred, over a fixed share of the points."""
-    half = len(points) // (2 * SMOOTHING)
-    return [
-        (x, math.fsum(v for _, v in window) / len(window))
-        for i, (x, _) in enumerate(points)
-        if (window := points[max(0, i - half) : i + half + 1])
-    ]

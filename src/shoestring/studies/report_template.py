@@ -98,6 +98,25 @@ $body
 </html>
 """)
 
+COMPARE_STYLE = """<style>
+.runs { list-style: none; padding: 0; margin: 8px 0 0; } .runs li { margin: 3px 0; }
+.run { white-space: nowrap; font-weight: 600; color: var(--ink); }
+.run::before { content: ""; display: inline-block; width: 0.75em; height: 0.75em; border-radius: 3px; background: var(--c); margin-right: 0.4em; }
+.warn { border-left: 3px solid var(--accent); padding-left: 12px; }
+.axes > input { margin: 0 5px 0 14px; accent-color: var(--accent); } .axes > label { cursor: pointer; }
+.axes .by { display: none; min-width: 0; }
+#axis-images:checked ~ .charts .by-images, #axis-flops:checked ~ .charts .by-flops,
+#axis-s:checked ~ .charts .by-s, #axis-usd:checked ~ .charts .by-usd { display: block; }
+.gallery { width: auto; } .gallery th, .gallery td { border: 0; padding: 4px 6px 4px 0; vertical-align: middle; text-align: left; }
+.gallery thead th { vertical-align: bottom; font-weight: 400; max-width: 100px; line-height: 1.25; overflow-wrap: anywhere; }
+.gallery th span { font-weight: 400; } .gallery tbody th { min-width: 150px; max-width: 190px; padding-right: 14px; line-height: 1.35; }
+.gallery td:first-child { min-width: 0; }
+.gallery img { display: block; width: 96px; height: auto; border-radius: 6px; border: 1px solid var(--line); }
+.settings td, .events td { white-space: normal; overflow-wrap: anywhere; min-width: 7em; text-align: left; }
+.settings th, .events th { text-align: left; }
+</style>
+"""
+
 LOSS = "While patches are masked, the training loss is that of the visible ones; validation always sees all."
 
 STAGES = """Share of peak: FLOPs the model needs (recomputation not counted) over the best matrix product of this machine,

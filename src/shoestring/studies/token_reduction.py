@@ -38,14 +38,13 @@ from shoestring.sampling.generate import Pipeline, batches, load_pipeline, pictu
 from shoestring.studies.token_cells import Cell, configure
 from shoestring.studies.token_recipes import MEASURED, Preset, base_recipe, parameters, training_flops
 from shoestring.studies.token_rows import Row, append_row, read_json, read_rows
-from shoestring.training.checkpoint import checkpoint_folders
 from shoestring.training.display import read_log
-from shoestring.training.folder import Busy, check_same_run, locked
+from shoestring.training.folder import Busy, check_same_run, checkpoint_folders, locked
 from shoestring.training.loop import train
 from shoestring.training.schedule import position
 
 SAMPLE_SEED = 1
-DRAW_BATCH = 100
+DRAW_BATCH = 25
 GRID_PICTURES = 20
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from shoestring.runtime import write_text
-from shoestring.studies.charts import Line, line_chart
+from shoestring.studies.charts import COLORS, Line, line_chart
 from shoestring.studies.page import embedded, html_table, short, table_row, whole
 from shoestring.studies.report_template import PAGE
 from shoestring.studies.token_curves import (
@@ -28,10 +28,6 @@ from shoestring.studies.token_curves import (
 )
 from shoestring.studies.token_rows import Row
 
-COLORS = (
-    *("#2563a8", "#c2570c", "#2c8a4b", "#8b4bb3", "#b3243f", "#6b7280", "#0e8fa3", "#a8890f"),
-    *("#1b1b1b", "#e08ab5", "#7fb800", "#5b3a1e"),
-)
 MAIN_RATIOS = {"dense": 0.0, "large-patch": 0.0, "tread": 0.5}
 """Ratios drawn over a budget, where there are several; 0.75 for the others."""
 

@@ -16,8 +16,7 @@ from shoestring.interfaces import Conditioning
 from shoestring.models.files import build_network
 from shoestring.runtime import PRECISIONS, Workers, default_workers, pick_device, stream, write_text
 from shoestring.studies.token_rows import read_json
-from shoestring.training.ema import EMA
-from shoestring.training.optim import Optimizers
+from shoestring.training.schedule import Position
 from shoestring.training.step import Learner, TrainingBatch, train_step
 
 
@@ -37,14 +36,13 @@ class TimedStep:
             for block in network.all_blocks():
                 block.compile(dynamic=False, isolate_recompiles=True)
         process = build_process(config.process, 0.5)
-        self.learner = Learner(
+        self.learner = Learner.build(
             network,
             config.tokens,
             process,
-            process.denoiser(network, PRECISIONS[config.precision]),
-            Optimizers(network, config.optimizer, workers),
-            EMA(network),
+            config.optimizer,
             workers,
+            precision=PRECISIONS[config.precision],
         )
         self.stage = stage = config.stages[0]
         b, side = stage.batch, stage.resolution
@@ -61,7 +59,9 @@ class TimedStep:
     def __call__(self) -> float:
         """Seconds an image."""
         start_s = time.perf_counter()
-        train_step(self.learner, self.batch, self.stage, 1e-4, self.stage.mask_ratio, 0.999)
+        here = Position(0, self.stage, 0, 0, 0)
+        result = train_step(self.learner, self.batch, self.stage.batch, 1e-4, self.stage.mask_ratio, here)
+        result.loss.item()  # a device has to be done
         return (time.perf_counter() - start_s) / self.stage.batch
 
 

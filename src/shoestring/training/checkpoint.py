@@ -1,26 +1,53 @@
 """Checkpoints: a folder that is there whole or not at all.
 
-``checkpoints/000012800/`` holds ``weights.safetensors`` and ``ema.safetensors`` (each a model file that
-``shoestring sample`` reads) and ``state.pt`` (optimisers and counters, read with ``weights_only=True``).
-It is written under a temporary name and renamed when complete.
+``checkpoints/000012800/`` holds
+
+* ``state/``: all tensors of the run (weights, moments, averages), as ``torch.distributed.checkpoint`` writes
+  them: every rank its part, readable by any number of ranks;
+* ``weights.safetensors``, ``ema.safetensors``, ``power-0.05.safetensors``: model files that
+  ``shoestring sample`` reads;
+* ``complete.json``, written last: counters, versions, and size and digest of every file.
+
+It is written under a temporary name and renamed when complete: killed at any moment, the one before is
+whole. The tensors are copied when a save begins; writing goes on beside the next steps.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
+from shoestring import __version__
 from shoestring.config import RunConfig
-from shoestring.models.files import ModelFacts, load_model, load_weights, save_model
-from shoestring.runtime import UserError
-from shoestring.training.step import Learner
+from shoestring.models.files import ModelFacts, save_model
+from shoestring.models.transformer import DiffusionTransformer
+from shoestring.runtime import UserError, write_text
+from shoestring.training.averages import CLASSIC, Averages
+from shoestring.training.folder import checkpoint_folders
+from shoestring.training.guard import GuardState
+from shoestring.training.optim import Optimizers
+from shoestring.training.parallel import Parallel
 
-WEIGHTS, AVERAGE, STATE = "weights.safetensors", "ema.safetensors", "state.pt"
+# A run of one process is no mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+FORMAT = 2
+STATE, MARK, WEIGHTS, AVERAGE = "state", "complete.json", "weights.safetensors", "ema.safetensors"
+SNAPSHOTS = "snapshots"
+"""Folder of a run that keeps the power-function averages of deleted checkpoints."""
 
 
 @dataclass
@@ -32,93 +59,308 @@ class Counters:
     step: int = 0
     elapsed_s: float = 0.0
     """Time spent training, interruptions left out."""
+    training_flops: float = 0.0
+    guard: GuardState = field(default_factory=GuardState)
 
 
-def checkpoint_folders(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folders = (p for p in (run / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir())
-    return sorted(folders, key=lambda folder: int(folder.name))
+@dataclass(frozen=True)
+class Trained:
+    """Everything of a run that is learned."""
+
+    network: DiffusionTransformer
+    optimizers: Optimizers
+    averages: Averages
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors by name; writing into them restores a run."""
+        weights = {f"weights.{name}": p.detach() for name, p in self.network.named_parameters()}
+        moments = {f"optimizer.{name}": tensor for name, tensor in self.optimizers.tensors().items()}
+        averages = {f"averages.{name}": tensor for name, tensor in self.averages.tensors().items()}
+        return weights | moments | averages
 
 
-def save_checkpoint(
-    run: Path, learner: Learner, counters: Counters, config: RunConfig, facts: dict[str, Any]
-) -> Path:
-    """Write a checkpoint, then delete all but the last ``logging.keep_checkpoints``.
+def forecast_bytes(trained: Trained) -> int:
+    """Size of a checkpoint in bytes: the state, and a model file of the weights and of each average."""
+    state = sum(tensor.numel() * tensor.element_size() for tensor in trained.tensors().values())
+    weights = sum(p.numel() * p.element_size() for p in trained.network.parameters())
+    averages = sum(tensor.numel() * tensor.element_size() for tensor in trained.averages.tensors().values())
+    return state + weights + averages
+
+
+class Checkpoints:
+    """Saves and restores the checkpoints of a run, one save at a time.
 
     Args:
         run: run folder.
-        learner: what to save.
-        counters: where the run is.
+        trained: what to save and restore.
         config: of the run.
-        facts: fields of :class:`ModelFacts` beside ``nimg`` and ``weights``.
+        parallel: this process among the others.
+    """
+
+    def __init__(self, run: Path, trained: Trained, config: RunConfig, parallel: Parallel) -> None:
+        self.run, self.trained, self.config, self.parallel = run, trained, config, parallel
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+        self._trusted_nimg: int | None = None
+        self._group: dict[str, Any] = {"no_dist": True}
+        if parallel.ranks > 1:
+            self._group = {"process_group": parallel.files}
+
+    # -- saving ------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        counters: Counters,
+        facts: dict[str, Any],
+        keep_forever: bool = False,
+        trusted_nimg: int | None = None,
+    ) -> None:
+        """Copy the state and begin to write it; the files appear beside the next steps.
+
+        Args:
+            counters: where the run is.
+            facts: fields of :class:`ModelFacts` beside ``nimg`` and ``weights``.
+            keep_forever: not to be deleted when newer ones are there.
+            trusted_nimg: while things look bad, the newest that is no newer than this is not deleted either.
+
+        Raises:
+            UserError: if the save before this one failed.
+        """
+        self.wait()
+        name = f"{counters.nimg:09d}"
+        folder = self.run / "checkpoints" / name
+        if self.parallel.from_first(folder.exists):  # saved already, e.g. at a stage's end: nothing can differ
+            return
+        temporary = folder.with_name(f".{name}.part")
+        self.parallel.from_first(lambda: _empty(temporary))
+        writer = FileSystemWriter(temporary / STATE, single_file_per_rank=True, sync_files=True)
+        written = dcp.async_save(self.trained.tensors(), storage_writer=writer, **self._group)
+        mark = {
+            "format": FORMAT,
+            "versions": {"shoestring": __version__, "torch": torch.__version__},
+            "ranks": self.parallel.ranks,
+            "sharding": self.parallel.sharding,
+            "counters": asdict(counters),
+            "facts": facts,
+            "keep_forever": keep_forever,
+        }
+        self._trusted_nimg = trusted_nimg
+        finish = self._finish if self.parallel.first else (lambda *_: None)
+        self._saving = self._thread.submit(_afterwards, written, finish, folder, temporary, mark)
+
+    def wait(self) -> None:
+        """Wait for the save that was begun.
+
+        Raises:
+            UserError: if it failed; older checkpoints are untouched.
+        """
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        error: UserError | None = None
+        try:
+            saving.result()
+        except UserError as mistake:
+            error = mistake
+        # The first rank may have failed after the others were done.
+        if self.parallel.largest(int(error is not None)) and error is None:
+            raise UserError("another rank could not write its part of the checkpoint")
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """End the thread; a save that was begun is finished first."""
+        self._thread.shutdown()
+
+    def _finish(self, folder: Path, temporary: Path, mark: dict[str, Any]) -> None:
+        """On the first rank, when all ranks have written: model files, mark, name, deletion of old ones."""
+        facts, nimg = mark["facts"], int(folder.name)
+        self._model_file(temporary / WEIGHTS, "weights.", ModelFacts(nimg, "trained", **facts))
+        for track in self.trained.averages.tracks:
+            name = AVERAGE if track == CLASSIC else f"{track}.safetensors"
+            kind = "ema" if track == CLASSIC else track
+            self._model_file(temporary / name, f"averages.{track}.", ModelFacts(nimg, kind, **facts))
+        files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
+        for file in files:
+            _flush(file)
+        listed = {str(file.relative_to(temporary)): _fingerprint(file) for file in files}
+        write_text(temporary / MARK, json.dumps(mark | {"files": listed}, indent=1) + "\n")
+        _flush(temporary)
+        temporary.rename(folder)
+        _flush(folder.parent)
+        self._delete_old()
+
+    def _model_file(self, path: Path, prefix: str, facts: ModelFacts) -> None:
+        """A model file of what has just been written: read back from there, so that this too is tried."""
+        own = self.trained.network.named_parameters()
+        tensors = {f"{prefix}{name}": torch.empty(p.shape, dtype=p.dtype) for name, p in own}
+        if prefix != "weights.":
+            tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        dcp.load(tensors, storage_reader=FileSystemReader(path.parent / STATE), no_dist=True)
+        named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        save_model(path, named, self.config, facts)
+
+    def _delete_old(self) -> None:
+        """All but the last ones and those to be kept; their power-function averages stay."""
+        folders = [f for f in checkpoint_folders(self.run) if not read_mark(f).get("keep_forever")]
+        trusted = [f for f in folders if self._trusted_nimg is not None and int(f.name) <= self._trusted_nimg]
+        for old in folders[: -self.config.logging.keep_checkpoints]:
+            if trusted and old == trusted[-1]:
+                continue
+            for average in old.glob("power-*.safetensors"):
+                kept = self.run / SNAPSHOTS / old.name / average.name
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                average.replace(kept)
+            gone = old.with_name(f".{old.name}.old")  # a half-deleted folder must not look like a checkpoint
+            old.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    # -- restoring ---------------------------------------------------------------------------------------
+
+    def tidy(self) -> None:
+        """Remove what an interrupted save or deletion has left."""
+        for rest in (self.run / "checkpoints").glob(".*"):
+            if rest.is_dir() and rest.suffix in {".part", ".old"}:
+                shutil.rmtree(rest, ignore_errors=True)
+
+    def restore(self, folder: Path) -> tuple[Counters, dict[str, Any]]:
+        """Go back to a checkpoint; all ranks together.
+
+        Args:
+            folder: of this run.
+
+        Returns:
+            Counters, and the facts that were given to :meth:`save`.
+
+        Raises:
+            UserError: if it is damaged, of another model, or of a newer version; nothing was restored, or
+                the tensors are half of this and half of that, and another one must be restored.
+        """
+        mark = self.parallel.from_first(lambda: read_mark(folder))
+        self._check_files(folder, mark)
+        tensors = self.trained.tensors()
+        failed: str | None = None
+        try:
+            # Its metadata is pickled: checkpoints are opened in one's own run folders only, and published
+            # weights are safetensors.
+            reader = FileSystemReader(folder / STATE)
+            stored = {name: meta.size for name, meta in reader.read_metadata().state_dict_metadata.items()}
+            failed = _difference({name: tensor.shape for name, tensor in tensors.items()}, stored)
+            if failed is None:
+                dcp.load(tensors, storage_reader=reader, **self._group)
+        except Exception as error:  # torch raises half a dozen types for a damaged file
+            failed = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if self.parallel.largest(int(failed is not None)):
+            raise UserError(f"checkpoint {folder} is damaged or belongs to another model ({failed})")
+        counters = dict(mark["counters"])
+        counters["guard"] = GuardState(**counters["guard"])
+        return Counters(**counters), mark["facts"]
+
+    def _check_files(self, folder: Path, mark: dict[str, Any]) -> None:
+        """Sizes and digests, the files shared among the ranks."""
+        found = None
+        for name in sorted(mark["files"])[self.parallel.rank :: self.parallel.ranks]:
+            file = folder / name
+            if not file.exists():
+                found = f"{name} is missing"
+            elif _fingerprint(file) != mark["files"][name]:
+                found = f"{name} is not what was written"
+        problems = [problem for problem in self.parallel.gathered(found) if problem is not None]
+        if problems:
+            raise UserError(f"checkpoint {folder} is damaged ({problems[0]})")
+
+
+def read_mark(folder: Path) -> dict[str, Any]:
+    """What ``complete.json`` says.
+
+    Args:
+        folder: of a checkpoint.
 
     Returns:
-        The checkpoint's folder.
+        Its content.
 
     Raises:
-        UserError: if the disk is full or not writable; older checkpoints are untouched.
+        UserError: if it is missing or damaged, or was written by a newer version.
     """
-    folder = run / "checkpoints" / f"{counters.nimg:09d}"
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        trained = {name: p.detach() for name, p in learner.model.named_parameters()}
-        buffers = dict(learner.model.named_buffers())
-        for name, tensors in ((WEIGHTS, trained), (AVERAGE, learner.ema.state_dict())):
-            kind = "trained" if name == WEIGHTS else "ema"
-            save_model(temporary / name, tensors | buffers, config, ModelFacts(counters.nimg, kind, **facts))
-        state = {"counters": asdict(counters), "optimizers": learner.optimizers.state_dict()}
-        torch.save(state, temporary / STATE)
-        for file in temporary.iterdir():
-            _flush(file)
-        if folder.exists():  # the same place saved twice, e.g. at a stage's end: nothing can differ
-            shutil.rmtree(temporary)
-        else:
-            temporary.rename(folder)
-    except (OSError, RuntimeError, UserError) as error:
+        mark: dict[str, Any] = json.loads((folder / MARK).read_text())
+        version = int(mark["format"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {folder} is damaged ({MARK}: {error})") from error
+    if version != FORMAT:
+        raise UserError(
+            f"checkpoint {folder} has format {version}, written by shoestring "
+            f"{mark.get('versions', {}).get('shoestring')}; this is shoestring {__version__}, which reads "
+            f"format {FORMAT}: go on with that version, or train anew in another folder (--out)"
+        )
+    return mark
+
+
+def _afterwards(
+    written: Any,
+    finish: Callable[[Path, Path, dict[str, Any]], None],
+    folder: Path,
+    temporary: Path,
+    mark: dict[str, Any],
+) -> None:
+    """In the thread: wait for the tensors, then finish; whatever fails is one sentence."""
+    try:
+        written.result()
+        finish(folder, temporary, mark)
+    except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = str(error).split("\n")[0]
+        reason = _innermost(error)
         raise UserError(
             f"cannot write checkpoint {folder} ({reason}); free some space and give the same command again"
         ) from error
-    for old in checkpoint_folders(run)[: -config.logging.keep_checkpoints]:
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
-def _flush(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
+def _innermost(error: BaseException) -> str:
+    """The words of what went wrong first; torch wraps the errors of all ranks into one."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        wrapped = next(iter(failures.values()))
+        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    words = getattr(error, "strerror", None) or str(error)
+    return words.splitlines()[0] if words else type(error).__name__
+
+
+def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first tensor that only one side has, or that has another shape."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs:
+            return f"{name} is {'missing' if name in ours else 'unexpected'}"
+        if tuple(ours[name]) != tuple(theirs[name]):
+            return f"{name} has shape {list(theirs[name])}, this model needs {list(ours[name])}"
+    return None
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write checkpoint {folder} ({error.strerror}); free some space") from error
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def load_checkpoint(folder: Path, learner: Learner) -> tuple[Counters, ModelFacts]:
-    """Restore a checkpoint.
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
+        return {"bytes": stream.tell(), "blake2b": digest}
 
-    Args:
-        folder: written by :func:`save_checkpoint`.
-        learner: built from the same configuration; filled in place.
 
-    Returns:
-        Counters and facts.
-
-    Raises:
-        UserError: if a file is damaged or belongs to another model.
-    """
-    _, trained, facts = load_model(folder / WEIGHTS)
-    _, average, _ = load_model(folder / AVERAGE)
-    try:
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        counters = Counters(**state["counters"])
-        learner.optimizers.load_state_dict(state["optimizers"])
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise UserError(
-            f"{folder / STATE} is damaged or belongs to another run ({str(error).splitlines()[0]}); delete "
-            f"the folder {folder.name} to go on from the checkpoint before"
-        ) from error
-    load_weights(learner.model, dict(trained.state_dict()), str(folder / WEIGHTS))
-    learner.ema.load_state_dict(dict(average.named_parameters()))
-    return counters, facts
+def aside(folder: Path) -> None:
+    """Put a damaged checkpoint aside, so that it is not tried again."""
+    damaged = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(damaged, ignore_errors=True)
+    folder.rename(damaged)

@@ -1,11 +1,12 @@
-"""What a person sees while a run trains, and what is written down: live line, log.jsonl, TensorBoard."""
+"""What a person sees while a run trains, and what is written down: live line, log.jsonl, trackers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from shoestring.config import LoggingConfig
 from shoestring.runtime import UserError, say, write_text
+from shoestring.training.trackers import open_trackers
 
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal a line is printed this often."""
@@ -37,7 +40,8 @@ def duration(seconds: float | None) -> str:
 
 def status_line(row: dict[str, Any], total_nimg: int, left_s: float) -> str:
     """One line: stage, progress, loss, rate, share of the machine's peak, time left, money."""
-    peak = "" if row["peak_share"] is None else f" ({row['peak_share']:.0%} of peak)"
+    share = row.get("peak_share")
+    peak = "" if share is None else f" ({share:.0%} of peak)"
     return (
         f"{row['stage']}  {row['nimg']:,}/{total_nimg:,} images  loss {row['loss']:.4f}  "
         f"{row['images_per_s']:.1f} images/s{peak}  {duration(left_s)} left  ${row['cost_usd']:.2f}"
@@ -75,44 +79,63 @@ class LiveLine:
 
 
 class RunLog:
-    """``log.jsonl`` and, where installed and wanted, TensorBoard.
+    """``log.jsonl``, and the trackers that the settings ask for.
 
-    After an interruption the log is cut back to the checkpoint that training goes on from.
+    After an interruption the log is cut back to the checkpoint that training goes on from: whatever was
+    written after the last line of that checkpoint or before it. Roll-backs within a run stay in the log;
+    :func:`rows_of` leaves out what they undid.
 
     Args:
         folder: run folder.
-        nimg: images seen at the start; later rows of an earlier try are dropped.
-        tensorboard: write TensorBoard files too, if the package is there.
+        nimg: images seen at the start.
+        logging: which trackers to write to.
+
+    Raises:
+        UserError: if a tracker is wanted that is not installed or cannot start, or the disk is full.
     """
 
-    def __init__(self, folder: Path, nimg: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, nimg: int, logging: LoggingConfig) -> None:
+        self.trackers = open_trackers(folder, nimg, logging)
         path = folder / "log.jsonl"
-        kept = [row for row in read_log(folder) if row["nimg"] <= nimg]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        rows = read_log(folder)
+        kept = max((i + 1 for i, row in enumerate(rows) if row["nimg"] <= nimg), default=0)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows[:kept]))
         self.file = path.open("a", buffering=1)
-        self.board: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                return
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=nimg + 1)
 
-    def write(self, kind: str, row: dict[str, Any]) -> None:
-        """Append a row; its numbers become TensorBoard curves over images seen.
+    def write(self, kind: str, row: Mapping[str, Any]) -> None:
+        """Append a row; its numbers become curves over images seen, an event's text a note.
 
         Args:
-            kind: ``train`` or ``validation``.
-            row: what to write; ``nimg`` must be among it.
+            kind: ``train``, ``validation`` or ``event``.
+            row: what to write; ``nimg`` must be among it, and ``what`` and ``text`` in an event.
 
         Raises:
             UserError: if the disk is full.
         """
+        with self._disk():
+            self.file.write(json.dumps({"kind": kind, **row}) + "\n")
+            for tracker in self.trackers:
+                tracker.row(kind, row)
+
+    def picture(self, name: str, nimg: int, path: Path) -> None:
+        """Show a picture in every tracker; without one nothing happens.
+
+        Args:
+            name: what it shows, such as ``samples``.
+            nimg: images seen.
+            path: PNG that is there.
+
+        Raises:
+            UserError: if the disk is full.
+        """
+        with self._disk():
+            for tracker in self.trackers:
+                tracker.picture(name, nimg, path)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
         try:
-            self.file.write(json.dumps({"kind": kind} | row) + "\n")
-            for key, value in row.items() if self.board is not None else ():
-                if isinstance(value, int | float) and key != "nimg":
-                    self.board.add_scalar(f"{kind}/{key}", value, row["nimg"])
+            yield
         except OSError as error:
             raise UserError(
                 f"cannot write {self.file.name} ({error.strerror}); free some space and give the same "
@@ -123,23 +146,79 @@ class RunLog:
         """Flush and close; what cannot be flushed was reported when it was written."""
         with contextlib.suppress(OSError):
             self.file.close()
-        if self.board is not None:
+        for tracker in self.trackers:
             with contextlib.suppress(OSError):
-                self.board.close()
+                tracker.close()
+
+
+def _row(line: str | bytes) -> dict[str, Any] | None:
+    """A row of the log, or ``None`` for whatever else a crash left."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # not JSON, or not even text
+        return None
+    return row if isinstance(row, dict) and {"kind", "nimg"} <= row.keys() else None
+
+
+class LogFollower:
+    """Reads a log again and again: only what is new, or all of it after it was cut.
+
+    Args:
+        folder: run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "log.jsonl"
+        self._file, self._read_bytes = 0, 0
+        self._rows: list[dict[str, Any]] = []
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far; a line that is being written is left for the next time."""
+        try:
+            with self._path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if stat.st_ino != self._file or stat.st_size < self._read_bytes:
+                    self._file, self._read_bytes, self._rows = stat.st_ino, 0, []
+                file.seek(self._read_bytes)
+                lines = file.read().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        whole = [line for line in lines if line.endswith(b"\n")]
+        self._read_bytes += sum(map(len, whole))
+        self._rows += [row for line in whole if (row := _row(line)) is not None]
+        return self._rows
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """All rows of a run's log; whatever else a crash left in the file is passed over."""
-    rows = []
     path = folder / "log.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def rows_of(log: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
+    """Rows of one kind by images seen, without those that a roll-back or a resume undid.
+
+    Args:
+        log: rows as they were written.
+        kind: ``train`` or ``validation``.
+
+    Returns:
+        Rows whose ``nimg`` grows; of two at the same ``nimg`` the later one.
+    """
+    kept: dict[str, list[Mapping[str, Any]]] = {"train": [], "validation": []}
+    for row in log:
+        mine = kept.get(row["kind"])
+        if mine is None and row.get("what") != "rolled-back":
             continue
-        if isinstance(row, dict) and {"kind", "nimg"} <= row.keys():
-            rows.append(row)
-    return rows
+        for rows in kept.values():
+            while rows and rows[-1]["nimg"] > row["nimg"]:
+                rows.pop()
+        if mine is not None:
+            if mine and mine[-1]["nimg"] == row["nimg"]:
+                mine.pop()
+            mine.append(row)
+    return kept[kind]
 
 
 class Rate:
@@ -181,7 +260,12 @@ class Rate:
     @property
     def images_per_s(self) -> float:
         """Rate of the stretch."""
-        return self._images / max(1e-9, time.perf_counter() - self._since_s - self._idle_s)
+        return self._images / max(1e-9, self.stretch_s)
+
+    @property
+    def stretch_s(self) -> float:
+        """Seconds of the stretch, without those beside the steps."""
+        return time.perf_counter() - self._since_s - self._idle_s
 
     @property
     def elapsed_s(self) -> float:

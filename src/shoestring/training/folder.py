@@ -12,11 +12,18 @@ from typing import Any
 
 from shoestring.config import RunConfig, load_yaml
 from shoestring.runtime import UserError, write_text
+from shoestring.training.schedule import position
 
-MAY_CHANGE = {"device", "logging", "sampling"}
+FREE = ("device", "logging", "sampling", "parallel", "guard.stall_s")
 """Settings that may differ when a run goes on: they do not change what is learned."""
 PLACES = re.compile(r"data\.(path|cache|cache_gb|stores\.\d+\.path)")
 """These may too: data may be moved, and what lies there is compared with what the run began with."""
+WITH_CONSENT = re.compile(
+    r"precision|compile|guard\..*|data\.(caption_drop|text_encoder_dtype|codec_dtype)"
+    r"|optimizer\.(?!kind|mup).*|stages\.\d+\.(?!batch|resolution|name).*"
+)
+"""Settings that may be changed knowingly (``--allow-changes``): the checkpoint still fits, but from there on the
+run is another one. Of stages that are over nothing may change."""
 
 
 class Busy(UserError):
@@ -51,6 +58,12 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folders = (p for p in (run / "checkpoints").glob("*") if p.name.isdigit() and p.is_dir())
+    return sorted(folders, key=lambda folder: int(folder.name))
+
+
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         items = value.items()
@@ -61,27 +74,59 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return {k: v for key, part in items for k, v in _flat(part, f"{path}.{key}" if path else key).items()}
 
 
-def check_same_run(folder: Path, config: RunConfig) -> None:
+def check_same_run(folder: Path, config: RunConfig, allow_changes: bool = False) -> list[str]:
     """Refuse to go on in the folder of a run with other settings.
 
     Args:
         folder: may not exist yet.
         config: of the run that wants to use it.
+        allow_changes: accept those that the checkpoint can live with.
+
+    Returns:
+        What has changed and is accepted, for people to read.
 
     Raises:
-        UserError: naming the first setting that differs.
+        UserError: listing the settings that differ.
     """
     if not (folder / "config.yaml").exists() or not (folder / "checkpoints").exists():
-        return
-    there, here = _flat(load_yaml(folder / "config.yaml").model_dump()), _flat(config.model_dump())
+        return []
+    before = load_yaml(folder / "config.yaml")
+    there, here = _flat(before.model_dump()), _flat(config.model_dump())
+    over = _finished_stages(folder, before)
+    accepted, refused = [], []
     for key in sorted(there.keys() | here.keys()):
-        if key.split(".")[0] in MAY_CHANGE or PLACES.fullmatch(key):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE)
+        if there.get(key) == here.get(key) or free or PLACES.fullmatch(key):
             continue
-        if there.get(key) != here.get(key):
-            raise UserError(
-                f"{folder} holds a run with {key}={there.get(key)!r}, this one has {here.get(key)!r}; choose "
-                "another folder with --out, or delete that one"
-            )
+        change = f"{key} from {there.get(key)!r} to {here.get(key)!r}"
+        index = int(key.split(".")[1]) if key.startswith("stages.") else None
+        possible = WITH_CONSENT.fullmatch(key) is not None
+        if index is not None:
+            possible = index >= over and (possible or index >= len(before.stages))
+        (accepted if possible else refused).append(change)
+    if refused:
+        raise UserError(
+            f"{folder} holds a run with other settings: {_listed(refused)}; these cannot change in the middle, "
+            "choose another folder with --out, or delete that one"
+        )
+    if accepted and not allow_changes:
+        raise UserError(
+            f"{folder} holds a run with other settings: {_listed(accepted)}; go on with these by "
+            "--allow-changes, or choose another folder with --out"
+        )
+    return accepted
+
+
+def _listed(changes: list[str]) -> str:
+    shown = 6
+    more = f" and {len(changes) - shown} more" if len(changes) > shown else ""
+    return ", ".join(changes[:shown]) + more
+
+
+def _finished_stages(folder: Path, config: RunConfig) -> int:
+    """Stages that a run has behind it."""
+    here = position(config, max((int(path.name) for path in checkpoint_folders(folder)), default=0))
+    return len(config.stages) if here is None else here.index
 
 
 def remember(path: Path, key: str, compute: Callable[[], Any]) -> Any:

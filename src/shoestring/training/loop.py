@@ -1,51 +1,40 @@
-"""A run: set up, step until done, and what happens every so often beside the steps."""
+"""A run: step until done, and what happens every so often beside the steps."""
 
 from __future__ import annotations
 
+import math
 import platform
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from shoestring import __version__
-from shoestring.config import RunConfig, StageConfig, to_yaml
-from shoestring.diffusion.process import build_process
+from shoestring.config import RunConfig, to_yaml
 from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
-from shoestring.evaluation.validation import validation_loss
 from shoestring.interfaces import ImageCodec, TextEncoder
-from shoestring.models.files import build_network
-from shoestring.planning import measured_peak_flops, model_flops
-from shoestring.runtime import (
-    PRECISIONS,
-    TrainingFailed,
-    UserError,
-    Workers,
-    default_workers,
-    pick_device,
-    say,
-    stream,
-    write_text,
-)
-from shoestring.sampling.generate import Pipeline, picture_grid, save_png
-from shoestring.training.checkpoint import Counters, checkpoint_folders, load_checkpoint, save_checkpoint
+from shoestring.planning import Flops, model_flops
+from shoestring.runtime import TrainingFailed, UserError, say, write_text
+from shoestring.training import beside
+from shoestring.training.checkpoint import Checkpoints, Counters, Trained, aside
+from shoestring.training.checks import DataWatch, dead_parameters, dead_sentence, gradient_sums, source_of
 from shoestring.training.display import LiveLine, Rate, RunLog, status_line
-from shoestring.training.ema import EMA
-from shoestring.training.folder import check_same_run, locked, remember
-from shoestring.training.optim import Optimizers
-from shoestring.training.schedule import Position, ema_decay, learning_rate, position
-from shoestring.training.stage_data import StageData, check_settings, load_stage
-from shoestring.training.step import Learner, NonFiniteLoss, train_step
+from shoestring.training.folder import check_same_run, checkpoint_folders, locked, remember
+from shoestring.training.guard import Guard, Verdict
+from shoestring.training.launch import follow_launcher
+from shoestring.training.parallel import Parallel, check_batches, local
+from shoestring.training.saving import Saver
+from shoestring.training.schedule import Position, learning_rate, position
+from shoestring.training.setup import MACHINE, Setup, forget
+from shoestring.training.signals import Signals
+from shoestring.training.stage_data import check_settings
+from shoestring.training.step import StepResult, train_step
 from shoestring.training.stores import check_stages
-
-GRID_PICTURES = 16
+from shoestring.training.trackers import check_trackers
 
 
 class Run:
@@ -54,56 +43,38 @@ class Run:
     Args:
         config: what to do.
         folder: run folder; a run that was interrupted there goes on.
-        console: where a person reads.
+        console: where a person reads; silent on all ranks but the first.
+        parallel: this process among those of the run.
 
     Raises:
-        UserError: if configuration, data, device or folder do not fit together.
+        UserError: if configuration, data, device, ranks or folder do not fit together.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, console: Console) -> None:
-        self.config, self.folder, self.console = config, folder, console
-        self.device = pick_device(config.device)
-        self.counters = Counters()
-        self.codec: ImageCodec = build_codec(config.data, self.device)
+    def __init__(self, config: RunConfig, folder: Path, console: Console, parallel: Parallel) -> None:
+        self.config, self.folder, self.console, self.parallel = config, folder, console, parallel
+        check_batches(config, parallel.ranks)
+        self.setup = Setup(config, folder, console, parallel)
+        self.codec: ImageCodec = build_codec(config.data, parallel.device)
         self.text_encoder: TextEncoder | None = None
         if config.model.condition == "text":
-            self.text_encoder = build_text_encoder(config.data, self.device)
+            self.text_encoder = build_text_encoder(config.data, parallel.device)
         check_settings(config, self.codec, self.text_encoder)
-        check_stages(config, self.codec, self.text_encoder, folder, Console(quiet=True))
-        self.data = self._load_data(config.stages[0])
+        quiet = Console(quiet=True)
+        parallel.from_first(lambda: check_stages(config, self.codec, self.text_encoder, folder, quiet))
+        self.data = self.setup.data(config.stages[0], self.codec, self.text_encoder)
         self.sigma_data = config.process.sigma_data or self.data.train.sigma_data()
-        network = build_network(config, stream(config.seed, "init")).to(self.device)
-        if config.compile:
-            for block in network.all_blocks():
-                block.compile(dynamic=False, isolate_recompiles=True)
-        process = build_process(config.process, self.sigma_data)
-        denoiser = process.denoiser(network, PRECISIONS[config.precision])
-        # Part of what determines the bits of a run, so it is kept with it.
-        count = remember(
-            folder / "machine.json",
-            f"workers_{self.device.type}",
-            lambda: default_workers(self.device),
-        )
-        workers = Workers(count)
-        optimizers = Optimizers(network, config.optimizer, workers)
-        self.learner = Learner(network, config.tokens, process, denoiser, optimizers, EMA(network), workers)
-        self.peak_flops = self._peak_flops()
-        self.stopped = False
-
-    def _load_data(self, stage: StageConfig) -> StageData:
-        return load_stage(
-            self.config, stage, self.codec, self.text_encoder, self.device, self.folder, self.console
-        )
-
-    def _peak_flops(self) -> float:
-        """The machine's matmul peak: measured once, kept in the run folder."""
-        dtype = PRECISIONS[self.config.precision]
-        with self.console.status("Measuring the machine"):
-            return remember(
-                self.folder / "machine.json",
-                f"matmul_flops_{self.config.precision}_{self.device.type}",
-                lambda: measured_peak_flops(self.device, dtype),
-            )
+        self.learner = self.setup.learner(self.sigma_data)
+        trained = Trained(self.learner.model, self.learner.optimizers, self.learner.averages)
+        self.saver = Saver(Checkpoints(folder, trained, config, parallel), self._event)
+        self.peak_flops = self.setup.peak_flops()
+        self.counters = Counters()
+        self.guard = Guard(config.guard, self.counters.guard)
+        self.signals = Signals(parallel, console)
+        self.watch = DataWatch(source_of(config.data), config.guard.stall_s, partial(say, console))
+        self._log: RunLog | None = None
+        self._unread: list[tuple[Position, StepResult]] = []
+        self._skipped, self._norm = 0, 0.0
+        self._micro_batches: dict[int, int] = {}
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -114,107 +85,224 @@ class Run:
             True when all stages are done, False after Ctrl-C or SIGTERM (a checkpoint was written).
 
         Raises:
-            TrainingFailed: on a NaN or infinite loss.
+            TrainingFailed: if training diverges again and again.
+            UserError: if the last checkpoint cannot be written.
         """
         self._resume()
-        self.log = RunLog(self.folder, self.counters.nimg, self.config.logging.tensorboard)
+        if self.parallel.first:
+            self._log = RunLog(self.folder, self.counters.nimg, self.config.logging)
         self._rate = Rate(self.counters.elapsed_s)
         try:
-            with self._signals(), LiveLine(self.console) as line:
-                while (here := position(self.config, self.counters.nimg)) is not None and not self.stopped:
+            with self.signals, LiveLine(self.console) as line:
+                while (here := position(self.config, self.counters.nimg)) is not None:
                     self._enter_stage(here)
-                    self._step(here, line)
-                    self._every_so_often(here)
-            if self.stopped:
-                self._save()
-                say(
-                    self.console,
-                    f"Stopped at image {self.counters.nimg:,}; the same command goes on from there.",
-                )
+                    if self._step(here, line):
+                        self._every_so_often(here)
+                    asked = self.signals.agreed()
+                    if asked.stop:
+                        break
+                    if asked.save:
+                        self._save()
+                if self._unread:
+                    self._heed(self._read())
+                self.counters.elapsed_s = self._rate.elapsed_s
+                self.saver.save_at_last(self.counters, self._facts())
         finally:
-            self.log.close()
-            self.data.close()
-            self.learner.workers.close()
-        return not self.stopped
+            self._close()
+        if here is not None:
+            say(
+                self.console,
+                f"Stopped at image {self.counters.nimg:,}; the same command goes on from there.",
+            )
+        return here is None
+
+    def _close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        self.data.close()
+        self.learner.workers.close()
+        self.saver.checkpoints.close()
 
     def _resume(self) -> None:
-        folders = checkpoint_folders(self.folder)
+        """Go on from the newest checkpoint that is whole; others are set aside."""
+        if self.parallel.first:
+            self.saver.checkpoints.tidy()
+        folders = self.parallel.from_first(lambda: checkpoint_folders(self.folder))
         for folder in reversed(folders):
             try:
-                self.counters, facts = load_checkpoint(folder, self.learner)
+                self._restore(folder)
             except UserError as error:
                 if folder == folders[0]:
                     raise
                 say(self.console, f"{error}; it is set aside as {folder.name}.damaged")
-                folder.rename(folder.with_name(f"{folder.name}.damaged"))
+                self.parallel.from_first(partial(aside, folder))
                 continue
-            self.learner.model.position_scale = facts.position_scale
             say(self.console, f"Going on from image {self.counters.nimg:,} ({folder})")
             return
+        say(self.console, self.saver.forecast(self.folder, self._milestones()))
+
+    def _restore(self, folder: Path) -> None:
+        self.counters, facts = self.saver.checkpoints.restore(folder)
+        self.guard = Guard(self.config.guard, self.counters.guard)
+        self.learner.model.position_scale = facts["position_scale"]
 
     def _enter_stage(self, here: Position) -> None:
         """Whatever a stage needs that is not there yet; cheap when nothing changes."""
         stage = here.stage
+        self.guard.enter(here)
         self.learner.model.position_scale = stage.position_scale
-        if stage.resolution != self.data.resolution:
+        if not self.data.serves(stage):
             self.data.close()
-            self.data = self._load_data(stage)
+            self.data = self.setup.data(stage, self.codec, self.text_encoder)
+        if here.index not in self._micro_batches:
+            held, workers = self.saver.held_bytes, self.learner.workers.count
+            self._micro_batches = {here.index: self.setup.micro_batch(stage, held, workers)}
         if here.done_nimg == 0 and not stage.keep_optimizer:
-            self.learner.optimizers = Optimizers(
-                self.learner.model, self.config.optimizer, self.learner.workers
-            )
+            forget(self.learner.optimizers)
 
-    def _step(self, here: Position, line: LiveLine) -> None:
-        stage, done = here.stage, here.done_nimg
-        lr, ratio = learning_rate(stage, done), stage.mask_ratio_at(done)
-        try:
-            loss, norm = train_step(
-                self.learner,
-                self.data.batch(stage, self.counters.nimg - done, self.counters.nimg),
-                stage,
-                lr,
-                ratio,
-                ema_decay(here),
-            )
-        except NonFiniteLoss as error:
-            kept = checkpoint_folders(self.folder)
-            raise TrainingFailed(
-                f"training stopped at image {self.counters.nimg:,} (stage {stage.name!r}): {error}; "
-                + (f"the last good checkpoint is {kept[-1]}; " if kept else "no checkpoint was written yet; ")
-                + f"start again in another folder (--out) with a lower stages.{here.index}.lr or clip_norm"
-            ) from error
+    def _step(self, here: Position, line: LiveLine) -> bool:
+        """One step; false where the guard sent the run back."""
+        stage, done, parallel = here.stage, here.done_nimg, self.parallel
+        lr, ratio = learning_rate(stage, done) * self.guard.lr_scale, stage.mask_ratio_at(done)
+        share = (self.guard.data_shift, parallel.rank, parallel.ranks)
+        with self.watch:
+            batch = self.data.batch(stage, here.start_nimg, self.counters.nimg, *share)
+        result = train_step(self.learner, batch, self._micro_batches[here.index], lr, ratio, here)
         self.counters.nimg += stage.batch
         self.counters.step += 1
-        self._rate.step(stage.batch, loss)
-        row = self._row(here, lr, ratio, norm)
+        self.counters.training_flops += stage.batch * self._flops(ratio).training
+        self._unread.append((here, result))
+        logged = self._crossed(self.config.logging.log_nimg, stage.batch) or self._last(here)
+        if not (logged or parallel.device.type == "cpu"):  # a device is not waited for
+            return True
+        verdict = self._read()
+        row = self._row(here, lr, ratio)
         left = (self.config.nimg - self.counters.nimg) / max(row["images_per_s"], 1e-9)
         line.show(status_line(row, self.config.nimg, left))
-        if self._crossed(self.config.logging.log_nimg, stage.batch) or self._last(here):
-            self.log.write("train", row)
+        if logged:
+            with self._rate.paused():
+                load = beside.expert_load(self.learner, batch, here)
+            self._write("train", row | ({"expert_load": load} if load else {}))
             self._rate.reset()
+            self._skipped, self.watch.waited_s = 0, 0.0
+        return self._heed(verdict)
 
-    def _row(self, here: Position, lr: float, ratio: float, norm: float) -> dict[str, Any]:
+    # -- the guard -----------------------------------------------------------------------------------------
+
+    def _read(self) -> Verdict:
+        """Bring the results of the steps since the last time to the host, and let the guard look at them."""
+        losses = [float(result.loss) for _, result in self._unread]
+        norms = [float(result.norm) for _, result in self._unread]
+        broken: dict[int, list[str]] = {}
+        for (here, _), loss, norm in zip(self._unread, losses, norms, strict=True):
+            finite = math.isfinite(loss + norm)
+            self._rate.step(here.stage.batch, loss if finite else self._rate.loss)
+            if not finite:
+                self._skipped += 1
+                broken[here.start_nimg + here.done_nimg] = self._broken_records(here)
+        self._unread.clear()
+        self._norm = norms[-1]
+        return self.guard.observe(self.counters.nimg, losses, norms, broken)
+
+    def _broken_records(self, here: Position) -> list[str]:
+        """The records of a step that hold NaN or infinity, of all ranks' shares."""
+        parallel, nimg = self.parallel, here.start_nimg + here.done_nimg
+        mine = self.data.broken(
+            here.stage, here.start_nimg, nimg, self.guard.data_shift, parallel.rank, parallel.ranks
+        )
+        return [name for part in parallel.gathered(mine) for name in part]
+
+    def _heed(self, verdict: Verdict) -> bool:
+        """Do what the guard decides.
+
+        Returns:
+            False where the run went back.
+
+        Raises:
+            TrainingFailed: where the guard gives up.
+        """
+        if verdict.text is not None:
+            self._event(verdict.what or verdict.action, verdict.text)
+        if verdict.action == "go":
+            return True
+        self.saver.finish()
+        by_nimg = {int(folder.name): folder for folder in checkpoint_folders(self.folder)}
+        self.parallel.barrier()  # nobody renames before everybody has looked
+        place = self.guard.good_checkpoint(sorted(by_nimg))
+        good = None if place is None else by_nimg[place]
+        if verdict.action == "stop":
+            if self.parallel.first:
+                report = self.guard.report(None if good is None else str(good))
+                write_text(self.folder / "report-divergence.txt", report)
+            raise TrainingFailed(self.guard.last_words(None if good is None else str(good)))
+        if self.parallel.first:
+            for nimg, folder in by_nimg.items():
+                if place is None or nimg > place:
+                    folder.rename(folder.with_name(f"{folder.name}.diverged-{self.guard.data_shift}"))
+        guard = self.guard
+        if good is None:
+            self.setup.begin_anew(self.learner)
+            self.counters = Counters(elapsed_s=self._rate.elapsed_s)
+            text = guard.rolled_back(None, "the beginning")
+        else:
+            self._restore(good)
+            text = guard.rolled_back(self.counters.guard, str(good))
+        self.counters.guard, self.guard = guard.state, guard
+        self._rate.reset()
+        self._event("rolled-back", text)
+        return False
+
+    def _name_dead_parameters(self, here: Position) -> None:
+        """Say which parameters never had a gradient, once, a few steps in."""
+        if self.counters.step != self.config.guard.dead_step:
+            return
+        sums = gradient_sums(self.learner.optimizers.tensors())
+        dead = dead_parameters({name: local(tensor) for name, tensor in sums.items()}, self.parallel.total)
+        sentence = dead_sentence(dead, self.counters.step, here.stage, self.config.tokens)
+        if sentence is not None:
+            self._event("dead-parameters", sentence)
+
+    # -- what is written down ------------------------------------------------------------------------------
+
+    def _write(self, kind: str, row: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(kind, row)
+
+    def _event(self, what: str, text: str) -> None:
+        say(self.console, text)
+        self._write("event", {"nimg": self.counters.nimg, "what": what, "text": text})
+
+    def _flops(self, ratio: float) -> Flops:
+        """FLOPs of an image of the present stage."""
         shape, model = self.data.latent_shape, self.config.model
         grid = (shape[1] // model.patch_size, shape[2] // model.patch_size)
         captions = self.config.data.max_tokens
         if model.mask_captions:
             captions = self.data.train.longest_caption or captions
-        per_image = model_flops(model, grid, captions, ratio, self.config.tokens).training
-        flops = per_image * self._rate.images_per_s
+        return model_flops(model, grid, captions, ratio, self.config.tokens)
+
+    def _row(self, here: Position, lr: float, ratio: float) -> dict[str, Any]:
+        rate, device = self._rate.images_per_s, self.parallel.device
         self.counters.elapsed_s = self._rate.elapsed_s
-        return {
+        row = {
             "nimg": self.counters.nimg,
             "step": self.counters.step,
             "stage": here.stage.name,
             "loss": self._rate.loss,
             "lr": lr,
             "mask_ratio": ratio,
-            "grad_norm": norm,
-            "images_per_s": self._rate.images_per_s,
-            "peak_share": flops / self.peak_flops,
+            "grad_norm": self._norm,
+            "images_per_s": rate,
+            "peak_share": self._flops(ratio).training * rate / self.peak_flops,
             "elapsed_s": self.counters.elapsed_s,
             "cost_usd": self.counters.elapsed_s / 3600 * self.config.logging.usd_per_hour,
+            "training_flops": self.counters.training_flops,
+            "data_wait_share": self.watch.waited_s / max(self._rate.stretch_s, 1e-9),
+            "skipped": self._skipped,
         }
+        if device.type == "cuda":
+            row["memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        return row
 
     def _crossed(self, interval: int, batch: int) -> bool:
         """Whether the last step crossed a multiple of ``interval`` images."""
@@ -224,120 +312,86 @@ class Run:
         """Whether the last step was the last of its stage."""
         return here.done_nimg + here.stage.batch >= here.stage.steps * here.stage.batch
 
+    # -- every so often ------------------------------------------------------------------------------------
+
     def _every_so_often(self, here: Position) -> None:
         logging, batch, last = self.config.logging, here.stage.batch, self._last(here)
         with self._rate.paused():
+            self._name_dead_parameters(here)
             if last or self._crossed(logging.validate_nimg, batch):
-                self._validate(here)
+                row = beside.validate(self.learner, self.data, logging.validation_images)
+                self._write("validation", {"nimg": self.counters.nimg, "stage": here.stage.name, **row})
             if last or self._crossed(logging.sample_nimg, batch):
                 self._sample()
             if last or self._crossed(logging.checkpoint_nimg, batch):
-                self._save()
+                every = logging.milestone_nimg
+                self._save(every is not None and (last or self._crossed(every, batch)))
 
-    # -- beside the steps ----------------------------------------------------------------------------------
+    def _sample(self) -> None:
+        path = beside.sample_grid(
+            self.learner,
+            self.config,
+            self.data,
+            self.codec,
+            self.text_encoder,
+            self.counters.nimg,
+            self.folder / "progress",
+        )
+        if self._log is not None:
+            self._log.picture("samples", self.counters.nimg, path)
 
-    def _save(self) -> None:
-        self.counters.elapsed_s = self._rate.elapsed_s
-        facts = {
+    def _milestones(self) -> int:
+        """Checkpoints that will be kept for good."""
+        every = self.config.logging.milestone_nimg
+        return 0 if every is None else self.config.nimg // every + len(self.config.stages)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "sigma_data": self.sigma_data,
             "position_scale": self.learner.model.position_scale,
             "resolution": self.data.resolution,
             "classes": self.data.classes,
         }
-        save_checkpoint(self.folder, self.learner, self.counters, self.config, facts)
 
-    def _validate(self, here: Position) -> None:
-        x0, conditioning, held_out = self.data.held_out_batch(self.config.logging.validation_images)
-        with self.learner.ema.applied():
-            losses = validation_loss(self.learner.process, self.learner.denoiser, x0, conditioning)
-        self.log.write(
-            "validation",
-            {
-                "nimg": self.counters.nimg,
-                "stage": here.stage.name,
-                "held_out": held_out,
-                "loss": sum(losses.values()) / len(losses),
-                "loss_per_level": {f"{ratio:g}": loss for ratio, loss in losses.items()},
-            },
-        )
-
-    def grid_prompts(self) -> list[str]:
-        """Captions of the sample grids: as configured, else from the data, a quarter of them held out."""
-        if self.config.logging.prompts:
-            return list(self.config.logging.prompts)
-        if self.config.model.condition != "text":
-            names = self.data.classes or ("",)
-            return [names[i % len(names)] for i in range(GRID_PICTURES)]
-        held = list(self.data.held_out.captions) if self.data.held_out is not None else []
-        held = held[: GRID_PICTURES // 4]
-        prompts = list(self.data.train.captions[: GRID_PICTURES - len(held)]) + held
-        return prompts or [""] * GRID_PICTURES  # pictures need have no captions
-
-    def pipeline(self, nimg: int) -> Pipeline:
-        """The current weights as something to draw with."""
-        return Pipeline(
-            self.config,
-            self.learner.denoiser,
-            self.learner.process,
-            self.codec,
-            self.text_encoder,
-            self.device,
-            self.data.resolution,
-            nimg,
-            self.learner.workers,
-            self.data.classes,
-        )
-
-    def _sample(self) -> None:
-        prompts = self.grid_prompts()
-        with self.learner.ema.applied():
-            pictures = self.pipeline(self.counters.nimg).draw(
-                prompts, self.config.seed, range(len(prompts)), self.config.sampling
-            )
-        zoom = max(1, 64 // self.data.resolution)
-        save_png(
-            self.folder / "progress" / f"{self.counters.nimg:09d}.png",
-            picture_grid(pictures, columns=8, zoom=zoom),
-            {"nimg": self.counters.nimg, "prompts": prompts, "seed": self.config.seed},
-        )
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current step; a second one ends it at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self.stopped:
-                raise KeyboardInterrupt
-            self.stopped = True
-            self.console.print("Stopping after this step and saving; once more to stop at once.")
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _save(self, keep_forever: bool = False) -> None:
+        if self._unread and not self._heed(self._read()):  # the guard must have seen what is saved
+            return
+        self.counters.elapsed_s = self._rate.elapsed_s
+        self.saver.save(self.counters, self._facts(), keep_forever, self.guard.bad_since)
 
 
-def train(config: RunConfig, folder: Path, console: Console) -> bool:
-    """Train in a folder: start, or go on where an earlier try ended.
+def train(config: RunConfig, folder: Path, console: Console, allow_changes: bool = False) -> bool:
+    """Train in a folder: start, or go on where an earlier try ended. All processes of a run call this.
 
     Args:
         config: what to do.
         folder: run folder.
         console: where a person reads.
+        allow_changes: go on although settings that may change have changed.
 
     Returns:
         True when the run is complete, False after an interruption.
 
     Raises:
         UserError: for mistakes in configuration, data or folder.
-        TrainingFailed: on a NaN or infinite loss.
+        TrainingFailed: if training diverges and nothing helps.
     """
-    check_same_run(folder, config)
-    with locked(folder):
-        write_text(folder / "config.yaml", to_yaml(config))
-        facts = {"shoestring": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        for name, version in facts.items():
-            remember(folder / "machine.json", name, partial(str, version))
-        return Run(config, folder, console).train()
+    check_trackers(config.logging)
+    follow_launcher()
+    parallel = Parallel(config.parallel, config.device)
+    if not parallel.first:
+        console = Console(quiet=True)
+    with ExitStack() as stack:
+        stack.callback(parallel.close)
+
+        def prepare() -> None:
+            for change in check_same_run(folder, config, allow_changes):
+                say(console, f"Changed: {change}")
+            stack.enter_context(locked(folder))
+            write_text(folder / "config.yaml", to_yaml(config))
+            versions = {"torch": torch.__version__, "python": platform.python_version()}
+            for name, version in ({"shoestring": __version__} | versions).items():
+                remember(folder / MACHINE, name, partial(str, version))
+
+        parallel.from_first(prepare)
+        return Run(config, folder, console, parallel).train()

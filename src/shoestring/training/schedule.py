@@ -39,17 +39,28 @@ def position(config: RunConfig, nimg: int) -> Position | None:
 def learning_rate(stage: StageConfig, done_nimg: int) -> float:
     """Linear warm-up, then constant, linear or cosine to ``lr_end_ratio`` of the peak at the stage's end.
 
-    The step that sees images ``done_nimg`` to ``done_nimg + batch`` is scheduled by its last image, so that
-    the first step of a warm-up does something.
+    wsd (warm-up, stable, decay): constant, and over the last ``lr_decay_share`` of the stage linear. The step
+    that sees images ``done_nimg`` to ``done_nimg + batch`` is scheduled by its last image, so that the first
+    step of a warm-up does something.
+
+    Args:
+        stage: where we are.
+        done_nimg: images of the stage seen before the step.
+
+    Returns:
+        The rate of AdamW.
+
+    Source: wsd: Hu et al., arXiv 2404.06395, section 4; linear decay: arXiv 2405.18392.
     """
     seen = done_nimg + stage.batch
     if seen < stage.warmup_nimg:
         return stage.lr * seen / stage.warmup_nimg
     total = stage.steps * stage.batch
-    progress = min(1.0, (seen - stage.warmup_nimg) / max(1, total - stage.warmup_nimg))
     if stage.lr_schedule == "constant":
         return stage.lr
-    fall = progress if stage.lr_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    falls_from = (1 - stage.lr_decay_share) * total if stage.lr_schedule == "wsd" else stage.warmup_nimg
+    progress = min(1.0, max(0.0, seen - falls_from) / max(1, total - falls_from))
+    fall = (1 - math.cos(math.pi * progress)) / 2 if stage.lr_schedule == "cosine" else progress
     return stage.lr * (1 - (1 - stage.lr_end_ratio) * fall)
 
 

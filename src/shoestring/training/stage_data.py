@@ -19,6 +19,7 @@ from shoestring.models.routing import build_method, method_class
 from shoestring.planning import patch_grid
 from shoestring.runtime import UserError, say
 from shoestring.sampling.guidance import check_guidance
+from shoestring.training.checks import non_finite_records
 from shoestring.training.folder import remember
 from shoestring.training.step import Draws, TrainingBatch
 from shoestring.training.stores import open_stores, own_store
@@ -26,6 +27,8 @@ from shoestring.training.stores import open_stores, own_store
 STORED = ("store", "folder")
 """Sources that training reads from a store."""
 SHOWN = 4096
+SHIFT_BATCHES = 10_007
+"""A run that diverged and went back continues so many batches further on in the data order."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class StageData:
     resolution: int
     device: torch.device
 
+    def serves(self, stage: StageConfig) -> bool:
+        """Whether these are the data of a stage."""
+        return stage.resolution == self.resolution
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""
@@ -47,22 +54,29 @@ class StageData:
         side = self.resolution // codec.downsampling
         return codec.channels, side, side
 
-    def batch(self, stage: StageConfig, first_nimg: int, nimg: int) -> TrainingBatch:
-        """A batch of a stage, with all its random numbers.
+    def batch(
+        self, stage: StageConfig, first_nimg: int, nimg: int, shift: int = 0, rank: int = 0, ranks: int = 1
+    ) -> TrainingBatch:
+        """A batch of a stage, or the share of one rank, with all its random numbers.
 
         Args:
             stage: which.
             first_nimg: images of the run before the stage.
             nimg: images of the run before this batch.
+            shift: how often the run went back because it diverged: other pictures and numbers follow.
+            rank: whose share.
+            ranks: how many share.
 
         Returns:
-            The batch, on the device.
+            The batch, on the device. The shares of all ranks, one after another, are the batch.
         """
         config, device = self.config, self.device
-        rows = self.train.batch(first_nimg, nimg, stage.batch)
+        place = nimg + shift * SHIFT_BATCHES * stage.batch
+        rows = self.train.batch(first_nimg, place, stage.batch, rank, ranks)
         shape = (self.train.codec.channels, *rows.moments_BMhw.shape[2:])
         patches = shape[1] * shape[2] // config.model.patch_size**2
-        draws = Draws.make(config.seed, "train", nimg, stage.batch, shape, patches)
+        first = place + rank * stage.batch // ranks
+        draws = Draws.make(config.seed, "train", first, len(rows), shape, patches)
         dropped_B = (draws.drop_B < config.data.caption_drop).to(device)
         path_dropped_B = None
         if method_class(config.tokens).drops_paths:
@@ -74,6 +88,16 @@ class StageData:
             level_B=self._send(draws.level_B),
             mask_BL=self._send(draws.mask_BL),
             path_dropped_B=path_dropped_B,
+        )
+
+    def broken(
+        self, stage: StageConfig, first_nimg: int, nimg: int, shift: int = 0, rank: int = 0, ranks: int = 1
+    ) -> list[str]:
+        """The records of a batch whose latents or captions are not finite, read once more; see :meth:`batch`."""
+        batch = self.batch(stage, first_nimg, nimg, shift, rank, ranks)
+        place, first = nimg + shift * SHIFT_BATCHES * stage.batch, rank * stage.batch // ranks
+        return non_finite_records(
+            batch, lambda row: self.train.name(first_nimg, place, stage.batch, first + row)
         )
 
     def close(self) -> None:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from shoestring.config.schema import NoiseConfig, StageConfig, TokensConfig
+from shoestring.config.schema import (
+    NoiseConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    StageConfig,
+    TokensConfig,
+)
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import Process
 from shoestring.interfaces import Conditioning, Denoiser
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import Workers, stream_seed
 from shoestring.tensors import visible_from_noise
-from shoestring.training.ema import EMA
+from shoestring.training.averages import Averages
 from shoestring.training.optim import Optimizers
+from shoestring.training.parallel import Parallel, fill_missing_gradients, whole
+from shoestring.training.schedule import Position, ema_decay
 
 
 @dataclass(frozen=True)
@@ -127,40 +135,107 @@ def batch_loss(
 
 @dataclass
 class Learner:
-    """What a step changes: weights, optimisers, average."""
+    """What a step changes: weights, optimisers, averages; and those it works with."""
 
     model: DiffusionTransformer
     tokens: TokensConfig
     process: Process
     denoiser: Denoiser
+    """Of the model alone, to evaluate."""
+    training_denoiser: Denoiser
+    """Of the model as it is spread over the ranks."""
     optimizers: Optimizers
-    ema: EMA
+    averages: Averages
     workers: Workers
+    parallel: Parallel
     shapes_seen: set[tuple[int, float]] = field(default_factory=set)
     """Batch sizes and mask ratios of steps so far."""
 
+    @staticmethod
+    def build(
+        network: DiffusionTransformer,
+        tokens: TokensConfig,
+        process: Process,
+        optimizer: OptimizerConfig,
+        workers: Workers,
+        parallel: Parallel | None = None,
+        precision: torch.dtype = torch.float32,
+        power_ema: Sequence[float] = (),
+    ) -> Learner:
+        """Spread a network over the ranks and make what trains it.
 
-class NonFiniteLoss(ArithmeticError):
-    """The loss or the gradient is NaN or infinite; the weights were not touched."""
+        Args:
+            network: on its device, its weights drawn, its blocks compiled if they are to be.
+            tokens: the token method.
+            process: noise process.
+            optimizer: which, and its constants.
+            workers: threads of this process.
+            parallel: this process among others; ``None`` = it is alone.
+            precision: of the products.
+            power_ema: lengths of the power-function averages.
+
+        Returns:
+            At the beginning of a run.
+        """
+        if parallel is None:
+            parallel = Parallel(ParallelConfig(), str(next(network.parameters()).device))
+        spread = parallel.spread(network, precision)
+        return Learner(
+            network,
+            tokens,
+            process,
+            process.denoiser(network, precision),
+            process.denoiser(spread, precision),
+            Optimizers(network, optimizer, workers),
+            Averages(network, power_ema),
+            workers,
+            parallel,
+        )
 
 
-def _accumulate(learner: Learner, batch: TrainingBatch, stage: StageConfig, mask_ratio: float) -> Tensor:
-    """Put the gradient of the batch into the parameters; returns its mean loss."""
+@dataclass(frozen=True)
+class StepResult:
+    """Of one step, on the device, so that nobody has to wait for it."""
+
+    loss: Tensor
+    """Mean over the whole batch."""
+    norm: Tensor
+    """Of the gradient, before clipping."""
+
+
+def _accumulate(
+    learner: Learner, batch: TrainingBatch, micro_batch: int, stage: StageConfig, mask_ratio: float
+) -> Tensor:
+    """Put the gradient of the whole batch into the parameters; returns this rank's mean loss."""
     parameters = list(learner.model.parameters())
-    total = torch.zeros((), device=batch.x0.device)
-    summed: list[Tensor] | None = None
+    pieces = list(batch.split(micro_batch))
+    total = torch.zeros((), device=batch.x0.device, dtype=batch.x0.dtype)
+
+    def loss_of(part: TrainingBatch) -> Tensor:
+        denoiser, tokens = learner.training_denoiser, learner.tokens
+        loss = batch_loss(learner.process, denoiser, part, stage.noise, mask_ratio, tokens)
+        return loss * (len(part.x0) / len(batch.x0))
+
+    if learner.workers.count == 1:
+        for i, piece in enumerate(pieces):
+            with learner.parallel.backward(learner.model, last=i == len(pieces) - 1):
+                loss = loss_of(piece)
+                (loss + learner.parallel.touched(learner.model)).backward()
+            total += loss.detach()
+        fill_missing_gradients(parameters)
+        return total
 
     def gradient(part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss = batch_loss(learner.process, learner.denoiser, part, stage.noise, mask_ratio, learner.tokens)
-        loss = loss * (len(part.x0) / len(batch.x0))
+        loss = loss_of(part)
         # A mask token has no gradient in steps that drop nothing: zero then.
         return loss.detach(), torch.autograd.grad(loss, parameters, materialize_grads=True)
 
     # The first time, one part after another: a compiled block is then compiled once, not once a thread.
     shape = (len(batch.x0), mask_ratio)
     together = shape in learner.shapes_seen
-    for micro in batch.split(stage.micro_batch or len(batch.x0)):
-        parts = list(micro.split(math.ceil(len(micro.x0) / learner.workers.count)))
+    summed: list[Tensor] | None = None
+    for piece in pieces:
+        parts = list(piece.split(math.ceil(len(piece.x0) / learner.workers.count)))
         for loss, gradients in learner.workers.map(gradient, parts, together):  # summed in this order, always
             total += loss
             summed = list(gradients) if summed is None else list(torch._foreach_add(summed, list(gradients)))
@@ -172,31 +247,31 @@ def _accumulate(learner: Learner, batch: TrainingBatch, stage: StageConfig, mask
 
 
 def train_step(
-    learner: Learner, batch: TrainingBatch, stage: StageConfig, lr: float, mask_ratio: float, ema_decay: float
-) -> tuple[float, float]:
-    """Forward, loss, backward, clip, update, average.
+    learner: Learner, batch: TrainingBatch, micro_batch: int, lr: float, mask_ratio: float, here: Position
+) -> StepResult:
+    """Forward, loss, backward, clip, update, average; all ranks together, each with its share of the batch.
+
+    Where the loss or the gradient is not finite, weights and optimiser stay as they are; the result tells.
+    Nothing here waits for the device.
 
     Args:
         learner: changed in place.
-        batch: the whole batch; it is cut into ``stage.micro_batch`` pieces.
-        stage: noise levels, micro-batch, clipping.
+        batch: this rank's share.
+        micro_batch: images at once; the share is cut into such pieces.
         lr: learning rate of this step.
         mask_ratio: share of patches dropped.
-        ema_decay: of the weight average.
+        here: where in the run: noise levels, clipping, averages.
 
     Returns:
-        The loss and the gradient norm before clipping.
-
-    Raises:
-        NonFiniteLoss: before anything is updated.
+        The loss and the gradient norm.
     """
-    loss = _accumulate(learner, batch, stage, mask_ratio)
+    stage = here.stage
+    loss = learner.parallel.mean(_accumulate(learner, batch, micro_batch, stage, mask_ratio))
     limit = float("inf") if stage.clip_norm is None else stage.clip_norm
-    norm = nn.utils.clip_grad_norm_(learner.model.parameters(), limit)
-    if not (loss + norm).isfinite():
-        learner.optimizers.zero_grad()
-        raise NonFiniteLoss(f"the loss is {loss.item()}, the gradient norm {norm.item()}")
+    norm = whole(nn.utils.clip_grad_norm_(learner.model.parameters(), limit))
+    failed = (~(loss + norm).isfinite()).float()
     learner.optimizers.set_lr(lr)
-    learner.optimizers.step()
-    learner.ema.update(ema_decay)
-    return loss.item(), norm.item()
+    learner.optimizers.step(failed)
+    seen = here.start_nimg + here.done_nimg + stage.batch
+    learner.averages.update(ema_decay(here), seen, stage.batch)
+    return StepResult(loss, norm)

@@ -1,0 +1,74 @@
+"""Compiling the blocks of a network: whole graphs, as many as there are shapes, none after the first steps.
+
+A compiled block is one graph for each set of shapes it is called with. Blocks of equal build share their
+graphs; under layer-wise scaling each width has its own. A graph too many, which by default of torch would
+mean silently running on uncompiled, ends the run instead: something that should be fixed moves.
+
+Only passes that take gradients are compiled (:meth:`TransformerBlock.forward`). Validation and sampling have
+other batch sizes and caption lengths, and run as they are beside it. Compiled is what is inside a block;
+activation checkpointing and FSDP2's gathering of weights stay around it, so that neither breaks the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shoestring.config import TokensConfig
+from shoestring.models.layers import TransformerBlock
+from shoestring.models.transformer import DiffusionTransformer
+from shoestring.training.step_shapes import StepShape, trace_shapes
+
+BACKEND = "inductor"
+
+
+def compile_blocks(network: DiffusionTransformer, tokens: TokensConfig, shapes: Sequence[StepShape]) -> int:
+    """Have every block of mixer, backbone and decoder compiled when it first meets a shape.
+
+    Args:
+        network: changed in place; weights and their names stay. Before FSDP2, DDP or anything else wraps it.
+        tokens: its token method.
+        shapes: of all steps to come. Called again with others, blocks are compiled anew.
+
+    Returns:
+        The most graphs that there will be. One more raises torch's ``FailOnRecompileLimitHit``.
+    """
+    seen = trace_shapes(network.config, tokens, shapes).blocks
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    blocks = {name: part for name, part in network.named_modules() if isinstance(part, TransformerBlock)}
+    for name, block in blocks.items():
+        alike.setdefault(_build(block), []).append(name)
+    total = 0
+    for names in alike.values():
+        limit = len(set().union(*(seen.get(name, ()) for name in names)))
+        if not limit:
+            continue  # no step runs them (a path that is left out)
+        total += limit
+        # The method of the class: a copy of the block calls it with its own weights. Isolated, as each build
+        # has a limit of its own, though all of them run the same lines.
+        compute = torch.compile(  # type: ignore[call-overload]
+            type(blocks[names[0]]).compute,
+            fullgraph=True,
+            dynamic=False,
+            backend=BACKEND,
+            recompile_limit=limit,
+            isolate_recompiles=True,
+        )
+        for name in names:
+            blocks[name].compiled = compute
+    _allow_graphs(total)
+    return total
+
+
+def _build(block: TransformerBlock) -> tuple[Any, ...]:
+    """What two blocks must have in common to share graphs."""
+    weights = tuple((name, tuple(value.shape), value.dtype) for name, value in block.named_parameters())
+    return type(block), block.attn.head_dim, block.attn.qk_norm, weights
+
+
+def _allow_graphs(count: int) -> None:
+    """Torch also limits how often lines are compiled in a whole process, over all networks in it."""
+    config = torch._dynamo.config
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 0) + count

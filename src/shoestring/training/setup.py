@@ -1,0 +1,160 @@
+"""What a run is made of, put together from its recipe; all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from shoestring.config import RunConfig, StageConfig
+from shoestring.diffusion.process import build_process
+from shoestring.interfaces import ImageCodec, TextEncoder
+from shoestring.models.files import build_network
+from shoestring.planning import fitting_micro_batch, measured_peak_flops
+from shoestring.runtime import PRECISIONS, Workers, default_workers, say, stream
+from shoestring.training.folder import remember
+from shoestring.training.optim import Optimizers
+from shoestring.training.parallel import Parallel
+from shoestring.training.stage_data import StageData, load_stage
+from shoestring.training.starting import initial_weights
+from shoestring.training.step import Learner
+
+MACHINE = "machine.json"
+SPARE = 0.9
+"""Share of the free memory that a forecast may fill."""
+
+
+class Setup:
+    """Makes the parts of a run.
+
+    Args:
+        config: what to do.
+        folder: run folder; what is chosen by timing or by memory is kept there, and used again on resume.
+        console: where a person reads.
+        parallel: this process among those of the run.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, console: Console, parallel: Parallel) -> None:
+        self.config, self.folder, self.console, self.parallel = config, folder, console, parallel
+
+    def remembered(self, key: str, compute: Callable[[], Any]) -> Any:
+        """A value that is computed once for the run folder, on the first rank, and is the same on all."""
+        return self.parallel.from_first(lambda: remember(self.folder / MACHINE, key, compute))
+
+    def data(self, stage: StageConfig, codec: ImageCodec, text_encoder: TextEncoder | None) -> StageData:
+        """The data of a stage: the first rank prepares what is not there yet, the others find it."""
+        loaded: list[StageData] = []
+
+        def load() -> None:
+            loaded.append(
+                load_stage(
+                    self.config, stage, codec, text_encoder, self.parallel.device, self.folder, self.console
+                )
+            )
+
+        self.parallel.from_first(load)
+        if not self.parallel.first:
+            load()
+        return loaded[0]
+
+    def learner(self, sigma_data: float) -> Learner:
+        """Network, optimisers and averages at the beginning."""
+        config, parallel = self.config, self.parallel
+        network = build_network(config, stream(config.seed, "init"))
+        initial_weights(config, network)
+        network.to(parallel.device)
+        if config.compile:
+            for block in network.all_blocks():
+                block.compile(dynamic=False, isolate_recompiles=True)
+        precision = PRECISIONS[config.precision]
+        process = build_process(config.process, sigma_data)
+        # Part of what determines the bits of a run, so it is kept with it. A rank has one thread of work.
+        key, device = f"workers_{parallel.device.type}", parallel.device
+        count = self.remembered(key, lambda: default_workers(device)) if parallel.ranks == 1 else 1
+        optimizer, workers = config.optimizer, Workers(count)
+        return Learner.build(
+            network, config.tokens, process, optimizer, workers, parallel, precision, config.power_ema
+        )
+
+    @torch.no_grad()
+    def begin_anew(self, learner: Learner) -> None:
+        """The weights of the beginning again, and nothing that was learned since.
+
+        Args:
+            learner: changed in place.
+        """
+        network = build_network(self.config, stream(self.config.seed, "init"))
+        initial_weights(self.config, network)
+        fresh = dict(network.named_parameters())
+        for name, parameter in learner.model.named_parameters():
+            self.parallel.put(parameter, fresh[name])
+            for track in learner.averages.tracks:
+                learner.averages.named(track)[name].copy_(parameter)
+        forget(learner.optimizers)
+
+    def peak_flops(self) -> float:
+        """Matmul peak of all ranks together: measured once on the first."""
+        device, precision = self.parallel.device, self.config.precision
+        with self.console.status("Measuring the machine"):
+            key = f"matmul_flops_{precision}_{device.type}"
+            one: float = self.remembered(key, lambda: measured_peak_flops(device, PRECISIONS[precision]))
+        return one * self.parallel.ranks
+
+    def micro_batch(self, stage: StageConfig, held: int, workers: int) -> int:
+        """Images at once on this rank: as the recipe says, else what fits by the forecast of memory.
+
+        Args:
+            stage: the stage.
+            held: bytes of weights, moments and averages that are there already; the forecast counts them too.
+            workers: threads of this rank.
+
+        Returns:
+            A divisor of the rank's share of the batch.
+
+        Raises:
+            UserError: if not even one image fits.
+        """
+        share = stage.batch // self.parallel.ranks
+        if stage.micro_batch is not None:
+            return min(stage.micro_batch, share)
+
+        def fitting() -> int:
+            return fitting_micro_batch(
+                self.config,
+                stage,
+                int(SPARE * (free_memory(self.parallel) + held)),
+                self.parallel.ranks,
+                self.parallel.sharding,
+                shard_ranks=self.config.parallel.shard_ranks,
+                device_type="cuda" if self.parallel.device.type == "cuda" else "cpu",
+                workers=workers,
+            )
+
+        key = f"micro_batch_{stage.name}_{self.parallel.device.type}_{self.parallel.ranks}"
+        chosen: int = self.remembered(key, fitting)
+        if chosen < share:
+            say(self.console, f"stage {stage.name!r}: {chosen} of {share} images at once fit into memory")
+        return chosen
+
+
+def free_memory(parallel: Parallel) -> float:
+    """Bytes that one rank may still take on its device."""
+    if parallel.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(parallel.device)
+        return float(free)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")  # not Linux: not known
+    available = next((line for line in lines if line.startswith("MemAvailable")), None)
+    return float("inf") if available is None else float(available.split()[1]) * 1024 / parallel.ranks
+
+
+@torch.no_grad()
+def forget(optimizers: Optimizers) -> None:
+    """Drop all moments, as at the beginning."""
+    for tensor in optimizers.tensors().values():
+        tensor.zero_()

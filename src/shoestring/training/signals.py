@@ -1,0 +1,72 @@
+"""What a run is asked to do from outside: Ctrl-C, SIGTERM and SIGUSR1, on any of its processes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from shoestring.runtime import say
+from shoestring.training.parallel import Parallel
+
+SAVE, STOP = 1, 2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be done after this step; the same on all ranks."""
+
+    save: bool
+    stop: bool
+
+
+class Signals:
+    """Ctrl-C and SIGTERM save and end the run after the current step, a second one ends it at once.
+
+    SIGUSR1 saves, and the run goes on: some schedulers send it before they take a machine away.
+
+    Args:
+        parallel: a signal to one rank is one to all.
+        console: where a person reads.
+    """
+
+    def __init__(self, parallel: Parallel, console: Console) -> None:
+        self.parallel, self.console = parallel, console
+        self._wanted = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._wanted == STOP:
+            raise KeyboardInterrupt
+        self._wanted = STOP
+        say(self.console, "Stopping after this step and saving; once more to stop at once.")
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        self._wanted = max(self._wanted, SAVE)
+
+    def agreed(self) -> Asked:
+        """What any rank was asked since the last time; all ranks must ask together."""
+        wanted = self.parallel.largest(self._wanted)
+        if wanted == SAVE:
+            self._wanted = 0
+        return Asked(save=wanted >= SAVE, stop=wanted >= STOP)
+
+    def __enter__(self) -> Signals:
+        handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]] = {
+            signal.SIGINT: self._stop,
+            signal.SIGTERM: self._stop,
+        }
+        if hasattr(signal, "SIGUSR1"):
+            handlers[signal.SIGUSR1] = self._save
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
