@@ -1,6 +1,7 @@
 # make demo   sets everything up, trains a model from nothing, draws pictures, writes runs/demo/report.html
 # make test   sets everything up, then format, types, layers, docstrings and tests
 # make bench  the benchmarks
+# make test-faults   60 kills, full disks and damaged checkpoints over one run (FAULTS=200 FAULT_SEED=7)
 #
 # Another Python: make PYTHON=python3.12 demo
 
@@ -13,13 +14,16 @@ STAMP := $(VENV)/.installed
 # Busy waiting makes OpenMP collapse as soon as another process shares the cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-faults lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/shoestring demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests/test_faults.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -46,8 +46,10 @@ from shoestring.runtime import (
     stream,
     write_text,
 )
+from shoestring.training.compiling import compile_blocks
 from shoestring.training.schedule import Position
-from shoestring.training.step import Learner, TrainingBatch, train_step
+from shoestring.training.step import Learner, TrainingBatch, part_sizes, train_step
+from shoestring.training.step_shapes import StepShape
 
 SIDE = 32
 SIGMA_DATA = 0.5
@@ -161,13 +163,14 @@ def build(options: argparse.Namespace, side: str, device: torch.device) -> Step:
     network.to(device)
     process = EDMProcess(SIGMA_DATA)
     workers = Workers(options.workers if options.workers is not None else default_workers(device))
+    mask_ratio = options.mask if kind.masked else 0.0
     if options.compile:
-        for block in network.all_blocks():
-            block.compile(isolate_recompiles=True, dynamic=False)
+        sizes = part_sizes(options.batch, options.micro_batch or options.batch, workers.count)
+        grid = (SIDE // options.patch,) * 2
+        compile_blocks(network, kind.tokens, [StepShape(n, grid, mask_ratio) for n in sorted(sizes)])
     optimizer = OptimizerConfig(weight_decay=0.0)
     precision = PRECISIONS[options.precision]
     learner = Learner.build(network, kind.tokens, process, optimizer, workers, precision=precision)
-    mask_ratio = options.mask if kind.masked else 0.0
 
     def step(batch: TrainingBatch) -> float:
         size = len(batch.x0)

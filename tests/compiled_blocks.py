@@ -13,6 +13,7 @@ from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig, TokensCon
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.microdit import MicroDiT
+from shoestring.models.moe import ExpertChoice
 from shoestring.runtime import Workers
 from shoestring.tensors import visible_from_noise
 from shoestring.training import compiling
@@ -73,8 +74,8 @@ def counted() -> None:
     net = network()
     plain = gradients(net, 2, 0.5, 8)
     most = compile_blocks(net, TokensConfig(), [StepShape(2, GRID, ratio, 8) for ratio in (0.0, 0.5)])
-    # The mixer always sees all patches; blocks 0 and 2 are built alike, block 1 has experts.
-    assert most == 1 + 2 + 2, most
+    # The mixer always sees all patches; blocks 0 and 2 are built alike, block 1 has experts: two graphs.
+    assert most == 1 + 2 + 2 * 2, most
     for _ in range(2):
         for ratio in (0.0, 0.5):
             gradients(net, 2, ratio, 8)
@@ -119,6 +120,9 @@ def sharded() -> None:
     net.zero_grad()
     most = compile_blocks(net, TokensConfig(), [StepShape(2, GRID, 0.5, 8)])
     for block in net.all_blocks():
+        for module in block.modules():
+            if isinstance(module, ExpertChoice):
+                fully_shard(module.gate, mesh=mesh)
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
     for _ in range(2):

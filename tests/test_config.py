@@ -79,7 +79,7 @@ configs = st.builds(
     seed=st.integers(0, 2**70),
     device=awkward | text,
     model=st.builds(ModelConfig, qkv_multipliers=multipliers, ffn_multipliers=multipliers),
-    stages=st.lists(stages, min_size=1, max_size=3).map(tuple),
+    stages=st.lists(stages, min_size=1, max_size=3, unique_by=lambda stage: stage.name).map(tuple),
     sampling=st.builds(
         SamplingConfig,
         guidance=st.floats(allow_nan=False, allow_infinity=False),
@@ -175,6 +175,12 @@ def test_overrides_do_not_touch_the_original_and_the_last_wins() -> None:
         ("sampling.guidance_interval=[1]", "is [1]; it must be a list of 2 values, each a number, or null"),
         ("stages=[{name: a, lr: 1}]", "stages.0.nimg is missing; it must be a whole number above 0"),
         ("stages=[]", "stages is []; it must be a list of at least 1"),
+        (
+            "stages.1.name=pretrain",
+            "stages has the name 'pretrain' twice; give every stage a name of its own",
+        ),
+        ("stages.0.stores=[{weight: 2}]", "stages.0.stores.0.path is missing"),
+        ("stages.0.min_side=0", "stages.0.min_side is 0; it must be a whole number above 0"),
         ("logging.prompts=[a, 1]", "logging.prompts.1 is 1; it must be text; put it in quotes"),
         ("model=&a [*a]", "which cannot be read"),
         ("seed=" + "9" * 5000, "seed is"),

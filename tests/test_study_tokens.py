@@ -171,7 +171,7 @@ def test_a_study_with_other_settings_is_refused(study):
     changed = [replace(CELLS[0], change=lambda config: with_stages(config, lr=1e-4))]
     study.results.rename(study.results.with_suffix(".away"))
     try:
-        with pytest.raises(UserError, match=r"stages.0.lr=0.0015, this one has 0.0001"):
+        with pytest.raises(UserError, match=r"other settings: stages.0.lr from 0.0015 to 0.0001"):
             study.run(changed)
     finally:
         study.results.with_suffix(".away").rename(study.results)

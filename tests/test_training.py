@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from shoestring.config import (
     ExpertsConfig,
@@ -15,9 +16,9 @@ from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.microdit import MicroDiT
 from shoestring.runtime import Workers, stream
-from shoestring.training.averages import Averages
 from shoestring.training.optim import Optimizers
-from shoestring.training.step import Draws, Learner, NonFiniteLoss, TrainingBatch, train_step
+from shoestring.training.schedule import Position
+from shoestring.training.step import Draws, Learner, StepResult, TrainingBatch, train_step
 
 SMALL = ModelConfig(
     in_channels=3,
@@ -58,12 +59,29 @@ def learner(workers: int = 1, kind: str = "adamw") -> Learner:
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=stream(0, "test", i)))
-    process = EDMProcess(0.6)
-    threads = Workers(workers)
-    optimizers = Optimizers(model, OptimizerConfig(kind=kind), threads)
-    return Learner(
-        model, TokensConfig(), process, process.denoiser(model), optimizers, Averages(model), threads
+    optimizer = OptimizerConfig(kind=kind)
+    return Learner.build(
+        model, TokensConfig(), EDMProcess(0.6), optimizer, Workers(workers), power_ema=(0.1,)
     )
+
+
+def step(
+    one: Learner,
+    data: TrainingBatch,
+    lr: float = 1e-3,
+    mask_ratio: float = 0.0,
+    micro: int = 8,
+    done: int = 0,
+    **changes: object,
+) -> StepResult:
+    """A step of eight images, after ``done`` images of a stage with some settings."""
+    return train_step(one, data, micro, lr, mask_ratio, Position(0, stage(batch=8, **changes), 0, done, 0))
+
+
+def state(one: Learner) -> dict[str, torch.Tensor]:
+    """Copies of weights and optimiser state."""
+    weights = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    return weights | {name: tensor.clone() for name, tensor in one.optimizers.tensors().items()}
 
 
 def batch(count: int = 8) -> TrainingBatch:
@@ -83,13 +101,12 @@ def test_draws_of_a_sample_do_not_depend_on_its_batch():
     assert not torch.equal(Draws.make(4, "train", 100, 6, (3, 4, 4), 16).noise, whole.noise)
 
 
-@pytest.mark.parametrize(("workers", "micro"), [(1, 2), (2, None), (2, 4), (3, None)])
+@pytest.mark.parametrize(("workers", "micro"), [(1, 2), (2, 8), (2, 4), (3, 8)])
 def test_pieces_of_a_batch_give_the_gradient_of_the_whole(workers, micro):
     plain, pieces = learner(), learner(workers)
-    settings = {"lr": 1e-3, "mask_ratio": 0.5, "ema_decay": 0.5}
-    a = train_step(plain, batch(), stage(batch=8, clip_norm=None), **settings)
-    b = train_step(pieces, batch(), stage(batch=8, micro_batch=micro, clip_norm=None), **settings)
-    assert a == pytest.approx(b, rel=1e-5)
+    a = step(plain, batch(), mask_ratio=0.5, ema_decay=0.5, clip_norm=None)
+    b = step(pieces, batch(), mask_ratio=0.5, micro=micro, ema_decay=0.5, clip_norm=None)
+    assert (float(a.loss), float(a.norm)) == pytest.approx((float(b.loss), float(b.norm)), rel=1e-5)
     for p, q in zip(plain.model.parameters(), pieces.model.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-5)
 
@@ -99,8 +116,8 @@ def test_a_step_repeats_bit_for_bit(kind):
     results = []
     for _ in range(2):
         one = learner(workers=2, kind=kind)
-        for _ in range(3):
-            train_step(one, batch(), stage(batch=8), 1e-3, 0.5, 0.9)
+        for i in range(3):
+            step(one, batch(), mask_ratio=0.5, done=8 * i, ema_decay=0.9)
         results.append([*one.model.parameters(), *one.averages.tensors().values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -109,7 +126,7 @@ def test_clipping_bounds_the_update():
     one = learner()
     one.optimizers = Optimizers(one.model, GRADIENT_DESCENT, one.workers)
     before = [p.detach().clone() for p in one.model.parameters()]
-    _, norm = train_step(one, batch(), stage(batch=8, clip_norm=0.01), 1e8, 0.0, 0.0)
+    norm = step(one, batch(), 1e8, clip_norm=0.01, ema_decay=None).norm
     moved = torch.stack([(p - q).norm() for p, q in zip(one.model.parameters(), before, strict=True)]).norm()
     assert norm > 0.01
     assert moved.item() == pytest.approx(0.01, rel=1e-3)
@@ -121,16 +138,66 @@ def test_training_learns_a_constant_picture():
     target = TrainingBatch(
         torch.full_like(target.x0, 0.5), target.conditioning, target.noise, target.level_B, target.mask_BL
     )
-    losses = [train_step(one, target, stage(batch=8), 0.01, 0.5, 0.9)[0] for _ in range(30)]
+    losses = [float(step(one, target, 0.01, 0.5, done=8 * i).loss) for i in range(30)]
     assert losses[-1] < losses[0] / 5
 
 
-def test_a_loss_that_is_not_finite_changes_nothing():
-    one = learner()
-    before = [p.detach().clone() for p in one.model.parameters()]
-    broken = batch()
-    broken.x0[3, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteLoss, match="nan"):
-        train_step(one, broken, stage(batch=8), 1e-3, 0.0, 0.9)
-    assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), before, strict=True))
+def broken_batch() -> TrainingBatch:
+    data = batch()
+    data.x0[3, 0, 0, 0] = float("nan")
+    return data
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_loss_that_is_not_finite_changes_nothing(kind, workers):
+    one = learner(workers, kind)
+    for i in range(2):  # moments that are not zero
+        step(one, batch(), mask_ratio=0.5, done=8 * i)
+    before, averages = state(one), {k: v.clone() for k, v in one.averages.tensors().items()}
+    result = step(one, broken_batch(), done=16)
+    assert result.loss.isnan()
+    after = state(one)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert any(tensor.any() for name, tensor in before.items() if "exp_avg" in name or "momentum" in name)
     assert all(p.grad is None for p in one.model.parameters())
+    # Averages go on towards weights that stand still: finite, and none passes beyond them.
+    weights = dict(one.model.named_parameters())
+    assert len(one.averages.tracks) == 2
+    for track in one.averages.tracks:
+        for name, average in one.averages.named(track).items():
+            way = (averages[f"{track}.{name}"] - weights[name]).abs()
+            assert ((average - weights[name]).abs() <= way + 1e-7).all()
+    step(one, batch(), mask_ratio=0.5, done=24)
+    assert all(tensor.isfinite().all() for tensor in state(one).values())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in state(one).items())
+
+
+class Overflowing(torch.autograd.Function):
+    """The identity, with a gradient that is infinite."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient + float("inf")
+
+
+class Overflow(nn.Module):
+    def forward(self, value):
+        return Overflowing.apply(value)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is():
+    one = learner()
+    step(one, batch(), mask_ratio=0.5)
+    before = state(one)
+    one.model.final_layer.linear = nn.Sequential(one.model.final_layer.linear, Overflow())
+    result = step(one, batch(), done=8)
+    assert result.loss.isfinite()
+    assert not result.norm.isfinite()
+    one.model.final_layer.linear = one.model.final_layer.linear[0]
+    after = state(one)
+    assert all(torch.equal(after[name], before[name]) for name in before)

@@ -297,13 +297,27 @@ class DataConfig(Frozen):
 
 
 class StageConfig(Frozen):
-    """One stretch of training."""
+    """One stretch of training.
+
+    Where a stage begins, positions are made anew by its ``position_scale``; weights and averages go on.
+    The classic average starts again where ``ema_start_nimg`` is above 0, and is a copy of the weights in
+    stages without ``ema_decay``; power-function averages run over the whole run. The guard compares losses
+    within a stage only; its count of roll-backs and the lower learning rate that came with them stay.
+    """
 
     name: str = setting("shown in logs and pictures", min_length=1, max_length=60)
     nimg: int = setting("images to see in this stage", gt=0)
     batch: int = setting("images per optimiser step, over all devices", 256, gt=0)
     micro_batch: int | None = setting("images at once; null = the whole batch", None, gt=0)
     resolution: int = setting("side of the pictures in pixels", 32, gt=0)
+    stores: tuple[StoreConfig, ...] = setting(
+        "source=store: train this stage on these instead of data.stores", ()
+    )
+    min_side: int | None = setting(
+        "store, folder: leave out pictures whose original had a side shorter than this; null = none",
+        None,
+        gt=0,
+    )
     position_scale: Positive = setting("positions are divided by this (2 at twice the resolution)", 1.0)
     mask_ratio: float = setting("share of patches dropped at the stage's start", 0.0, ge=0, lt=1)
     mask_ratio_end: float | None = setting(
@@ -435,14 +449,18 @@ class LoggingConfig(Frozen):
     checkpoint_nimg: int = setting("a checkpoint", 50_000, gt=0)
     keep_checkpoints: int = setting("the last checkpoints kept", 2, ge=1)
     milestone_nimg: int | None = setting(
-        "checkpoints at each so many images, and at each stage's end, are kept for good; null = none", None, gt=0
+        "checkpoints at each so many images, and at each stage's end, are kept for good; null = none",
+        None,
+        gt=0,
     )
     prompts: tuple[str, ...] = setting("captions of the sample grids; empty = from the data", ())
     tensorboard: bool = setting("write TensorBoard files when it is installed", True)
     wandb: str | None = setting(
         "project on Weights & Biases (a package of its own); null = none", None, min_length=1
     )
-    trackio: str | None = setting("project in trackio (a package of its own); null = none", None, min_length=1)
+    trackio: str | None = setting(
+        "project in trackio (a package of its own); null = none", None, min_length=1
+    )
     usd_per_hour: float = setting("price of the machine, for the cost so far", 0.0, ge=0)
 
 
@@ -498,6 +516,10 @@ class RunConfig(Frozen):
     def _fits(self) -> Self:
         if len({f"{length:g}" for length in self.power_ema}) < len(self.power_ema):
             raise ValueError(f"power_ema is {list(self.power_ema)}; two lengths are the same, give each once")
+        names = [stage.name for stage in self.stages]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"stages has the name {twice!r} twice; give every stage a name of its own")
         return self
 
     @property

@@ -61,6 +61,11 @@ class TrainingData(Protocol):
         """Most tokens of a caption; 0 where captions were not encoded."""
         ...
 
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of the pictures, of each shape that a batch may have."""
+        ...
+
     def __len__(self) -> int: ...
 
     def batch(self, first_nimg: int, nimg: int, count: int, rank: int = 0, ranks: int = 1) -> Batch:
@@ -131,6 +136,12 @@ class PreparedData:
 
     def __len__(self) -> int:
         return len(self.moments_NMhw)
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """Of all pictures."""
+        factor = self.codec.downsampling
+        return ((self.moments_NMhw.shape[2] * factor, self.moments_NMhw.shape[3] * factor),)
 
     @cached_property
     def longest_caption(self) -> int:

@@ -56,7 +56,9 @@ class StoreData:
     codec: ImageCodec
     mixing: Mixing
     classes: tuple[str, ...] | None = None
-    _prefetcher: Prefetcher[tuple[int, int, int, int], Batch] | None = field(default=None, init=False, repr=False)
+    _prefetcher: Prefetcher[tuple[int, int, int, int], Batch] | None = field(
+        default=None, init=False, repr=False
+    )
     _order: Order | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:

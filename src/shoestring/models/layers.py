@@ -247,7 +247,7 @@ class TransformerBlock(nn.Module):
     adaLN_modulation: AdaLN
     cross: bool
     compiled: Callable[..., Tensor] | None = None
-    """:meth:`compute` of such blocks, compiled; see :mod:`shoestring.training.compiling`."""
+    """What does the same as :meth:`compute`, given the block; see :mod:`shoestring.training.compiling`."""
 
     def norms(self) -> tuple[LayerNorm | None, LayerNorm]:
         """The norms before cross-attention (``None`` without captions) and before the feed-forward."""
@@ -269,6 +269,13 @@ class TransformerBlock(nn.Module):
         self, x_BLD: Tensor, c_BD: Tensor, caption: Tensor | KeysValues | None, mask_BS: Tensor | None
     ) -> Tensor:
         """What :meth:`forward` gives, never compiled."""
+        x_BLD, hidden_BLD, gate_BD = self.before_mlp(x_BLD, c_BD, caption, mask_BS)
+        return x_BLD + gate_BD[:, None] * self.mlp(hidden_BLD)
+
+    def before_mlp(
+        self, x_BLD: Tensor, c_BD: Tensor, caption: Tensor | KeysValues | None, mask_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens after attention, what the feed-forward gets of them, and its gate."""
         before_cross, before_mlp = self.norms()
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=-1)
         x_BLD = x_BLD + gate1[:, None] * self.attn(modulate(self.norm1(x_BLD), shift1, scale1))
@@ -276,7 +283,7 @@ class TransformerBlock(nn.Module):
             assert caption is not None
             keys_values = self.cross_attn.keys_values(caption) if isinstance(caption, Tensor) else caption
             x_BLD = x_BLD + self.cross_attn(before_cross(x_BLD), keys_values, mask_BS)
-        return x_BLD + gate2[:, None] * self.mlp(modulate(before_mlp(x_BLD), shift2, scale2))
+        return x_BLD, modulate(before_mlp(x_BLD), shift2, scale2), gate2
 
 
 class CaptionBlock(nn.Module):

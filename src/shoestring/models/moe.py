@@ -47,30 +47,42 @@ class ExpertChoice(nn.Module):
         """R for T tokens: int(capacity * T / E), at least 1 and at most T."""
         return max(1, min(tokens, int(self.capacity * tokens / self.w1.shape[0])))
 
-    def route(self, x_BTD: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor]:
+    def logits(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T E"]:
+        """What the router makes of the tokens, in float32 or more."""
+        with _no_autocast(x_BTD.device.type):
+            # Never below fp32: in bf16 0.2-0.3 % of the choices flip. fp64 stays fp64 (tests).
+            # Called as a module: where weights are shared out among ranks, it is whole only inside.
+            return self.gate(x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32)))
+
+    def route(
+        self, x_BTD: Float[Tensor, "B T D"], logits_BTE: Float[Tensor, "B T E"] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Which tokens the experts choose.
 
         Args:
             x_BTD: at least one token an image.
+            logits_BTE: of :meth:`logits`, where they are known already.
 
         Returns:
             Scores of all tokens ``B E T`` (over the experts they sum to one), and of the R chosen ones of
             each expert their scores and places, both ``B E R``.
         """
+        logits_BTE = self.logits(x_BTD) if logits_BTE is None else logits_BTE
         with _no_autocast(x_BTD.device.type):
-            # Never below fp32: in bf16 0.2-0.3 % of the choices flip. fp64 stays fp64 (tests).
-            dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-            # Called as a module: where weights are shared out among ranks, it is whole only inside.
-            score_BET = self.gate(x_BTD.to(dtype)).softmax(dim=-1).transpose(1, 2)
+            score_BET = logits_BTE.softmax(dim=-1).transpose(1, 2)
         weight_BER, choice_BER = score_BET.topk(self.tokens_per_expert(x_BTD.shape[1]), dim=-1, sorted=False)
         return score_BET, weight_BER, choice_BER
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Route, compute and combine: gather, batched matrix product, index-add."""
+    def forward(
+        self, x_BTD: Float[Tensor, "B T D"], logits_BTE: Float[Tensor, "B T E"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Route (by logits that are known, if they are), compute and combine: gather, batched matrix
+        product, index-add.
+        """
         b, t, d = x_BTD.shape
         if t == 0:  # guidance by a prediction without any of the tokens
             return x_BTD
-        _, weight_BER, choice_BER = self.route(x_BTD)
+        _, weight_BER, choice_BER = self.route(x_BTD, logits_BTE)
         _, e, r = choice_BER.shape
         offset_B11 = torch.arange(0, b * t, t, device=x_BTD.device)[:, None, None]
         rows = (choice_BER + offset_B11).transpose(0, 1).reshape(-1)  # ordered (expert, image, rank)

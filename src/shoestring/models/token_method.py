@@ -2,7 +2,7 @@
 
 A method gets the layers of any network of ours (:class:`Layers`), the embedded patches of all places and the
 indices of those that stay visible. It says in which order the layers run on which tokens; FLOPs are counted
-by running it (``planning.py``), so that formula and network cannot differ.
+by running it (``planning/flops.py``), so that formula and network cannot differ.
 """
 
 from __future__ import annotations

@@ -149,6 +149,7 @@ def _pretrain_512() -> StageConfig:
         batch=BATCH,
         micro_batch=32,
         resolution=512,
+        min_side=512,
         position_scale=2.0,
         mask_ratio=0.75,
         lr=8e-5,
@@ -170,6 +171,7 @@ def _finetune_512() -> StageConfig:
         batch=BATCH,
         micro_batch=16,
         resolution=512,
+        min_side=512,
         position_scale=2.0,
         mask_ratio=0.0,
         lr=8e-5,
@@ -218,7 +220,10 @@ def microdit_xl2() -> RunConfig:
     Dollars:  1,890 = 800 + 271 + 630 + 189 at 30 an hour (published); encoding the data is extra.
     Metric:   FID-30K 12.7 on COCO-2014, zero-shot (published); an independent re-run got 12.37 (published).
     Data:     37 M captioned images: CC12M, SA-1B, TextCaps, JourneyDB, and DiffusionDB at 256 pixels only
-              (published). Name your own with data.path=FOLDER.
+              (published). Name your own with data.path=FOLDER. The 512-pixel stages leave out what had a side
+              below 512 pixels, as the released run did for CC12M (min_side; here it counts for all sets).
+              Whole sets are left out where each is a store: data.source=store, data.stores for the first
+              two stages, stages.pretrain-512.stores and stages.finetune-512.stores for the others.
 
     Deviations of the released trainer, which this recipe decides as follows. (1) The averages (EMA) of the
     512-pixel stages stand in the released configurations, but the trainer prints that it does not support

@@ -15,6 +15,7 @@ from shoestring.config import (
     DataConfig,
     DecoderConfig,
     ExpertsConfig,
+    GuardConfig,
     LoggingConfig,
     MixerConfig,
     ModelConfig,
@@ -153,6 +154,7 @@ def base_recipe(preset: Preset, data_path: str | None, nimg: int) -> RunConfig:
             keep_checkpoints=round(1 / MEASURED[0]) + 2,
             tensorboard=False,
         ),
+        guard=GuardConfig(max_skips=1, max_rollbacks=0),  # a cell that diverges is a result, not to be rescued
     )
 
 

@@ -16,8 +16,10 @@ from shoestring.interfaces import Conditioning
 from shoestring.models.files import build_network
 from shoestring.runtime import PRECISIONS, Workers, default_workers, pick_device, stream, write_text
 from shoestring.studies.token_rows import read_json
+from shoestring.training.compiling import compile_blocks
 from shoestring.training.schedule import Position
-from shoestring.training.step import Learner, TrainingBatch, train_step
+from shoestring.training.step import Learner, TrainingBatch, part_sizes, train_step
+from shoestring.training.step_shapes import stage_shapes
 
 
 class TimedStep:
@@ -32,9 +34,10 @@ class TimedStep:
         device = pick_device(config.device)
         generator = stream(0, "timing")
         network = build_network(config, generator).to(device)
+        grid = (config.stages[0].resolution // config.model.patch_size,) * 2
         if config.compile:
-            for block in network.all_blocks():
-                block.compile(dynamic=False, isolate_recompiles=True)
+            images = part_sizes(config.stages[0].batch, config.stages[0].batch, workers.count)
+            compile_blocks(network, config.tokens, stage_shapes(config, config.stages[0], grid, images))
         process = build_process(config.process, 0.5)
         self.learner = Learner.build(
             network,

@@ -6,7 +6,7 @@
   them: every rank its part, readable by any number of ranks;
 * ``weights.safetensors``, ``ema.safetensors``, ``power-0.05.safetensors``: model files that
   ``shoestring sample`` reads;
-* ``complete.json``, written last: counters, versions, and size and digest of every file.
+* ``complete.json``, written last: counters, versions, size and digest of every file, and its own digest.
 
 It is written under a temporary name and renamed when complete: killed at any moment, the one before is
 whole. The tensors are copied when a save begins; writing goes on beside the next steps.
@@ -14,38 +14,39 @@ whole. The tensors are copied when a save begins; writing goes on beside the nex
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from shoestring import __version__
 from shoestring.config import RunConfig
 from shoestring.models.files import ModelFacts, save_model
 from shoestring.models.transformer import DiffusionTransformer
-from shoestring.runtime import UserError, write_text
+from shoestring.runtime import UserError
 from shoestring.training.averages import CLASSIC, Averages
 from shoestring.training.folder import checkpoint_folders
 from shoestring.training.guard import GuardState
+from shoestring.training.mark import Damaged, fingerprint, kept_forever, mark_or_damage, problem, write_mark
 from shoestring.training.optim import Optimizers
 from shoestring.training.parallel import Parallel
 
 # A run of one process is no mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-FORMAT = 2
-STATE, MARK, WEIGHTS, AVERAGE = "state", "complete.json", "weights.safetensors", "ema.safetensors"
+STATE, WEIGHTS, AVERAGE = "state", "weights.safetensors", "ema.safetensors"
 SNAPSHOTS = "snapshots"
 """Folder of a run that keeps the power-function averages of deleted checkpoints."""
 
@@ -129,15 +130,13 @@ class Checkpoints:
         self.wait()
         name = f"{counters.nimg:09d}"
         folder = self.run / "checkpoints" / name
-        if self.parallel.from_first(folder.exists):  # saved already, e.g. at a stage's end: nothing can differ
+        if self.parallel.from_first(folder.exists):  # e.g. at a stage's end: nothing can differ
             return
         temporary = folder.with_name(f".{name}.part")
         self.parallel.from_first(lambda: _empty(temporary))
         writer = FileSystemWriter(temporary / STATE, single_file_per_rank=True, sync_files=True)
-        written = dcp.async_save(self.trained.tensors(), storage_writer=writer, **self._group)
+        written = async_save(self.trained.tensors(), storage_writer=writer, **self._group)
         mark = {
-            "format": FORMAT,
-            "versions": {"shoestring": __version__, "torch": torch.__version__},
             "ranks": self.parallel.ranks,
             "sharding": self.parallel.sharding,
             "counters": asdict(counters),
@@ -183,8 +182,8 @@ class Checkpoints:
         files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
         for file in files:
             _flush(file)
-        listed = {str(file.relative_to(temporary)): _fingerprint(file) for file in files}
-        write_text(temporary / MARK, json.dumps(mark | {"files": listed}, indent=1) + "\n")
+        listed = {str(file.relative_to(temporary)): fingerprint(file) for file in files}
+        write_mark(temporary, mark | {"files": listed})
         _flush(temporary)
         temporary.rename(folder)
         _flush(folder.parent)
@@ -196,31 +195,42 @@ class Checkpoints:
         tensors = {f"{prefix}{name}": torch.empty(p.shape, dtype=p.dtype) for name, p in own}
         if prefix != "weights.":
             tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        dcp.load(tensors, storage_reader=FileSystemReader(path.parent / STATE), no_dist=True)
+        load(tensors, storage_reader=FileSystemReader(path.parent / STATE), no_dist=True)
         named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         save_model(path, named, self.config, facts)
 
     def _delete_old(self) -> None:
         """All but the last ones and those to be kept; their power-function averages stay."""
-        folders = [f for f in checkpoint_folders(self.run) if not read_mark(f).get("keep_forever")]
+        folders = [folder for folder in checkpoint_folders(self.run) if not kept_forever(folder)]
         trusted = [f for f in folders if self._trusted_nimg is not None and int(f.name) <= self._trusted_nimg]
         for old in folders[: -self.config.logging.keep_checkpoints]:
             if trusted and old == trusted[-1]:
                 continue
-            for average in old.glob("power-*.safetensors"):
-                kept = self.run / SNAPSHOTS / old.name / average.name
+            gone = old.with_name(f".{old.name}.old")  # half deleted it must not look like a checkpoint
+            shutil.rmtree(gone, ignore_errors=True)
+            old.rename(gone)
+            self._discard(gone)
+
+    def _discard(self, gone: Path) -> None:
+        """Delete a checkpoint that has been renamed; its power-function averages move out first.
+
+        What the disk does not allow now is done when the run is started the next time.
+        """
+        with suppress(OSError):
+            for average in gone.glob("power-*.safetensors"):
+                kept = self.run / SNAPSHOTS / gone.stem.removeprefix(".") / average.name
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 average.replace(kept)
-            gone = old.with_name(f".{old.name}.old")  # a half-deleted folder must not look like a checkpoint
-            old.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            shutil.rmtree(gone)
 
     # -- restoring ---------------------------------------------------------------------------------------
 
     def tidy(self) -> None:
         """Remove what an interrupted save or deletion has left."""
         for rest in (self.run / "checkpoints").glob(".*"):
-            if rest.is_dir() and rest.suffix in {".part", ".old"}:
+            if rest.suffix == ".old":
+                self._discard(rest)
+            elif rest.suffix == ".part":
                 shutil.rmtree(rest, ignore_errors=True)
 
     def restore(self, folder: Path) -> tuple[Counters, dict[str, Any]]:
@@ -233,67 +243,45 @@ class Checkpoints:
             Counters, and the facts that were given to :meth:`save`.
 
         Raises:
-            UserError: if it is damaged, of another model, or of a newer version; nothing was restored, or
-                the tensors are half of this and half of that, and another one must be restored.
+            Damaged: if it is not what was written; the tensors may be half of this and half of that, and
+                another checkpoint must be restored.
+            UserError: if it is of another model, or of a newer version; nothing was restored.
         """
-        mark = self.parallel.from_first(lambda: read_mark(folder))
+        mark = self.parallel.from_first(lambda: mark_or_damage(folder))
+        if isinstance(mark, Damaged):
+            raise mark
         self._check_files(folder, mark)
         tensors = self.trained.tensors()
-        failed: str | None = None
+        damaged: str | None = None
+        foreign: str | None = None
         try:
             # Its metadata is pickled: checkpoints are opened in one's own run folders only, and published
             # weights are safetensors.
             reader = FileSystemReader(folder / STATE)
-            stored = {name: meta.size for name, meta in reader.read_metadata().state_dict_metadata.items()}
-            failed = _difference({name: tensor.shape for name, tensor in tensors.items()}, stored)
-            if failed is None:
-                dcp.load(tensors, storage_reader=reader, **self._group)
-        except Exception as error:  # torch raises half a dozen types for a damaged file
-            failed = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if self.parallel.largest(int(failed is not None)):
-            raise UserError(f"checkpoint {folder} is damaged or belongs to another model ({failed})")
+            found = reader.read_metadata().state_dict_metadata.items()
+            stored = {name: meta.size for name, meta in found if isinstance(meta, TensorStorageMetadata)}
+            foreign = _difference({name: tensor.shape for name, tensor in tensors.items()}, stored)
+            if foreign is None:
+                load(tensors, storage_reader=reader, **self._group)
+        except (Exception, CheckpointException) as error:  # half a dozen types mean a damaged file
+            damaged = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if self.parallel.largest(int(damaged is not None)):
+            raise Damaged(f"checkpoint {folder} is damaged ({damaged or 'another rank could not read it'})")
+        if foreign is not None:  # on all ranks
+            raise self.parallel.mistake(
+                f"checkpoint {folder} is of another model ({foreign}); choose another folder with --out"
+            )
         counters = dict(mark["counters"])
         counters["guard"] = GuardState(**counters["guard"])
         return Counters(**counters), mark["facts"]
 
     def _check_files(self, folder: Path, mark: dict[str, Any]) -> None:
         """Sizes and digests, the files shared among the ranks."""
-        found = None
-        for name in sorted(mark["files"])[self.parallel.rank :: self.parallel.ranks]:
-            file = folder / name
-            if not file.exists():
-                found = f"{name} is missing"
-            elif _fingerprint(file) != mark["files"][name]:
-                found = f"{name} is not what was written"
-        problems = [problem for problem in self.parallel.gathered(found) if problem is not None]
+        mine = sorted(mark["files"])[self.parallel.rank :: self.parallel.ranks]
+        found = [problem(folder / name, mark["files"][name]) for name in mine]
+        problems = [each for part in self.parallel.gathered(found) for each in part if each is not None]
         if problems:
-            raise UserError(f"checkpoint {folder} is damaged ({problems[0]})")
-
-
-def read_mark(folder: Path) -> dict[str, Any]:
-    """What ``complete.json`` says.
-
-    Args:
-        folder: of a checkpoint.
-
-    Returns:
-        Its content.
-
-    Raises:
-        UserError: if it is missing or damaged, or was written by a newer version.
-    """
-    try:
-        mark: dict[str, Any] = json.loads((folder / MARK).read_text())
-        version = int(mark["format"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {folder} is damaged ({MARK}: {error})") from error
-    if version != FORMAT:
-        raise UserError(
-            f"checkpoint {folder} has format {version}, written by shoestring "
-            f"{mark.get('versions', {}).get('shoestring')}; this is shoestring {__version__}, which reads "
-            f"format {FORMAT}: go on with that version, or train anew in another folder (--out)"
-        )
-    return mark
+            raise Damaged(f"checkpoint {folder} is damaged ({problems[0]})")
 
 
 def _afterwards(
@@ -307,7 +295,7 @@ def _afterwards(
     try:
         written.result()
         finish(folder, temporary, mark)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
         shutil.rmtree(temporary, ignore_errors=True)
         reason = _innermost(error)
         raise UserError(
@@ -351,16 +339,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
-        return {"bytes": stream.tell(), "blake2b": digest}
-
-
-def aside(folder: Path) -> None:
-    """Put a damaged checkpoint aside, so that it is not tried again."""
-    damaged = folder.with_name(f"{folder.name}.damaged")
-    shutil.rmtree(damaged, ignore_errors=True)
-    folder.rename(damaged)

@@ -7,17 +7,21 @@ mean silently running on uncompiled, ends the run instead: something that should
 Only passes that take gradients are compiled (:meth:`TransformerBlock.forward`). Validation and sampling have
 other batch sizes and caption lengths, and run as they are beside it. Compiled is what is inside a block;
 activation checkpointing and FSDP2's gathering of weights stay around it, so that neither breaks the graph.
+FSDP2 also gathers the router of experts by itself, in float32: blocks with experts are two graphs, and the
+router stands between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shoestring.config import TokensConfig
 from shoestring.models.layers import TransformerBlock
+from shoestring.models.moe import ExpertChoice
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.training.step_shapes import StepShape, trace_shapes
 
@@ -45,21 +49,48 @@ def compile_blocks(network: DiffusionTransformer, tokens: TokensConfig, shapes: 
         limit = len(set().union(*(seen.get(name, ()) for name in names)))
         if not limit:
             continue  # no step runs them (a path that is left out)
-        total += limit
-        # The method of the class: a copy of the block calls it with its own weights. Isolated, as each build
-        # has a limit of its own, though all of them run the same lines.
-        compute = torch.compile(  # type: ignore[call-overload]
-            type(blocks[names[0]]).compute,
-            fullgraph=True,
-            dynamic=False,
-            backend=BACKEND,
-            recompile_limit=limit,
-            isolate_recompiles=True,
-        )
+        compiled, graphs = _compiled(blocks[names[0]], limit)
+        total += graphs
         for name in names:
-            blocks[name].compiled = compute
+            blocks[name].compiled = compiled
     _allow_graphs(total)
     return total
+
+
+def _compiled(block: TransformerBlock, limit: int) -> tuple[Callable[..., Tensor], int]:
+    """What computes blocks of this build, and its most graphs for so many shapes.
+
+    It is made of methods of the class, so that a copy of a block calls it with its own weights.
+    """
+    if not isinstance(block.mlp, ExpertChoice):
+        return _whole_graph(type(block).compute, limit), limit
+    first, last = _whole_graph(type(block).before_mlp, limit), _whole_graph(_experts, limit)
+
+    def compute(block: TransformerBlock, *inputs: Any) -> Tensor:
+        x_BLD, hidden_BLD, gate_BD = first(block, *inputs)
+        assert isinstance(block.mlp, ExpertChoice)
+        return last(block, x_BLD, hidden_BLD, gate_BD, block.mlp.logits(hidden_BLD))
+
+    return compute, 2 * limit
+
+
+def _experts(
+    block: TransformerBlock, x_BLD: Tensor, hidden_BLD: Tensor, gate_BD: Tensor, logits_BLE: Tensor
+) -> Tensor:
+    """The rest of a block with experts."""
+    return x_BLD + gate_BD[:, None] * block.mlp(hidden_BLD, logits_BLE)
+
+
+def _whole_graph(function: Callable[..., Any], limit: int) -> Callable[..., Any]:
+    # Isolated, as each build of blocks has a limit of its own, though all of them run the same lines.
+    return torch.compile(  # type: ignore[call-overload]
+        function,
+        fullgraph=True,
+        dynamic=False,
+        backend=BACKEND,
+        recompile_limit=limit,
+        isolate_recompiles=True,
+    )
 
 
 def _build(block: TransformerBlock) -> tuple[Any, ...]:

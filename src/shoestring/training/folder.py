@@ -16,11 +16,12 @@ from shoestring.training.schedule import position
 
 FREE = ("device", "logging", "sampling", "parallel", "guard.stall_s")
 """Settings that may differ when a run goes on: they do not change what is learned."""
-PLACES = re.compile(r"data\.(path|cache|cache_gb|stores\.\d+\.path)")
-"""These may too: data may be moved, and what lies there is compared with what the run began with."""
+PLACES = re.compile(r"initial_weights|data\.(path|cache|cache_gb)|(data|stages\.\d+)\.stores\.\d+\.path")
+"""These may too: data may be moved, and what lies there is compared with what the run began with; initial
+weights are in the checkpoints."""
 WITH_CONSENT = re.compile(
     r"precision|compile|guard\..*|data\.(caption_drop|text_encoder_dtype|codec_dtype)"
-    r"|optimizer\.(?!kind|mup).*|stages\.\d+\.(?!batch|resolution|name).*"
+    r"|optimizer\.(?!kind|mup).*|stages\.\d+\.(?!batch|resolution|name|stores).*"
 )
 """Settings that may be changed knowingly (``--allow-changes``): the checkpoint still fits, but from there on the
 run is another one. Of stages that are over nothing may change."""

@@ -1,8 +1,8 @@
 """Several processes on one machine: ``shoestring train --nproc N``.
 
-Each is the same command with the environment that ``torchrun`` would set. What torchrun does not do: a mistake
-of the user ends all of them with one sentence instead of being tried again, and the number of restarts is
-counted anew whenever the run has got further. Several machines: ``torchrun`` (docs/training.md).
+Each is the same command with the environment that ``torchrun`` would set. What torchrun does not do: a
+mistake of the user ends all of them with one sentence instead of being tried again, and the number of
+restarts is counted anew whenever the run has got further. Several machines: ``torchrun`` (docs/training.md).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from shoestring.config import RunConfig
 from shoestring.runtime import UserError, say
 from shoestring.training.folder import checkpoint_folders
 from shoestring.training.parallel import check_batches
+from shoestring.training.signals import heed_saves, hold_saves
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 3, 130
 FINAL = (0, USER_ERROR, FAILED, INTERRUPTED)
@@ -34,6 +35,8 @@ LAUNCHER = "SHOESTRING_LAUNCHER"
 """Environment variable of the ranks: process number of their launcher."""
 PATIENCE_S = 60.0
 """Ranks end together; whoever is left so long after the first is ended."""
+GRACE_S = 5.0
+"""A rank that crashes may have lost another one, which is about to say what is wrong."""
 MAX_RESTARTS = 3
 """Starts in a row that reach no further checkpoint."""
 
@@ -87,6 +90,8 @@ class Launcher:
         with self._signals():
             while True:
                 self._start()
+                if self._stopping:  # asked while there was nobody to pass it on to
+                    self._send(signal.SIGTERM)
                 code, what = self._wait()
                 if code in FINAL:
                     return code
@@ -115,6 +120,7 @@ class Launcher:
             LAUNCHER: str(os.getpid()),
         }
         command = [sys.executable, "-m", "shoestring.cli", *self.words]
+        hold_saves()  # which the ranks inherit: SIGUSR1 would end them before they can heed it
         self._processes = [
             subprocess.Popen(  # noqa: S603 - our own command
                 command,
@@ -124,23 +130,28 @@ class Launcher:
             )
             for rank in range(self.ranks)
         ]
+        heed_saves()
 
     def _wait(self) -> tuple[int, str]:
-        """Until all have ended; the first exit code that says why, and a sentence."""
-        verdict: int | None = None
-        what, since = "", 0.0
+        """Until all have ended; the exit code that says why, and a sentence."""
+        first: tuple[int, int] | None = None
+        since = 0.0
         while True:
             codes = [process.poll() for process in self._processes]
-            ended = [(rank, code) for rank, code in enumerate(codes) if code is not None]
-            bad = [(rank, code) for rank, code in ended if code != 0]
-            if verdict is None and bad:
-                rank, verdict = next(((r, c) for r, c in bad if c == USER_ERROR), bad[0])
-                what, since = _sentence(rank, verdict), time.monotonic()
-            if len(ended) == self.ranks:
-                return (0, "") if verdict is None else (verdict, what)
-            lost = verdict is not None and verdict not in FINAL
-            if lost or (verdict is not None and time.monotonic() - since > PATIENCE_S):
-                self._kill()
+            bad = [(rank, code) for rank, code in enumerate(codes) if code]
+            told = next(((rank, code) for rank, code in bad if code in FINAL), None)
+            if first is None and bad:
+                first, since = bad[0], time.monotonic()
+            if None not in codes:
+                if first is None:
+                    return 0, ""
+                rank, code = told or first
+                return code, _sentence(rank, code)
+            if first is not None:
+                killed = any(code < 0 for _, code in bad)
+                patience_s = 0.0 if killed else GRACE_S if told is None else PATIENCE_S
+                if time.monotonic() - since >= patience_s:
+                    self._kill()
             time.sleep(self.pause_s)
 
     def _kill(self) -> None:
@@ -152,8 +163,9 @@ class Launcher:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         def stop(number: int, frame: FrameType | None) -> None:
+            # Ctrl-C again is passed on as it is: at once.
+            self._send(signal.SIGINT if self._stopping and number == signal.SIGINT else signal.SIGTERM)
             self._stopping = True
-            self._send(signal.SIGTERM)
 
         def save(number: int, frame: FrameType | None) -> None:
             self._send(signal.SIGUSR1)

@@ -18,22 +18,24 @@ from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.planning import Flops, model_flops
-from shoestring.runtime import TrainingFailed, UserError, say, write_text
+from shoestring.runtime import TrainingFailed, say, write_text
 from shoestring.training import beside
-from shoestring.training.checkpoint import Checkpoints, Counters, Trained, aside
-from shoestring.training.checks import DataWatch, dead_parameters, dead_sentence, gradient_sums, source_of
+from shoestring.training.checkpoint import Checkpoints, Counters, Trained
+from shoestring.training.checks import DataWatch, dead_parameters, dead_sentence, gradient_sums
 from shoestring.training.display import LiveLine, Rate, RunLog, status_line
 from shoestring.training.folder import check_same_run, checkpoint_folders, locked, remember
 from shoestring.training.guard import Guard, Verdict
 from shoestring.training.launch import follow_launcher
+from shoestring.training.mark import Damaged, aside
 from shoestring.training.parallel import Parallel, check_batches, local
-from shoestring.training.saving import Saver
+from shoestring.training.saving import Saver, UnlessFull, due
 from shoestring.training.schedule import Position, learning_rate, position
 from shoestring.training.setup import MACHINE, Setup, forget
-from shoestring.training.signals import Signals
+from shoestring.training.signals import Signals, hold_saves
 from shoestring.training.stage_data import check_settings
+from shoestring.training.starting import scale_of_latents
 from shoestring.training.step import StepResult, train_step
-from shoestring.training.stores import check_stages
+from shoestring.training.stores import check_classes, check_stages
 from shoestring.training.trackers import check_trackers
 
 
@@ -52,7 +54,7 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: Path, console: Console, parallel: Parallel) -> None:
         self.config, self.folder, self.console, self.parallel = config, folder, console, parallel
-        check_batches(config, parallel.ranks)
+        parallel.from_first(lambda: check_batches(config, parallel.ranks))
         self.setup = Setup(config, folder, console, parallel)
         self.codec: ImageCodec = build_codec(config.data, parallel.device)
         self.text_encoder: TextEncoder | None = None
@@ -62,7 +64,8 @@ class Run:
         quiet = Console(quiet=True)
         parallel.from_first(lambda: check_stages(config, self.codec, self.text_encoder, folder, quiet))
         self.data = self.setup.data(config.stages[0], self.codec, self.text_encoder)
-        self.sigma_data = config.process.sigma_data or self.data.train.sigma_data()
+        measure = self.data.train.sigma_data
+        self.sigma_data = parallel.from_first(lambda: scale_of_latents(config, folder, measure))
         self.learner = self.setup.learner(self.sigma_data)
         trained = Trained(self.learner.model, self.learner.optimizers, self.learner.averages)
         self.saver = Saver(Checkpoints(folder, trained, config, parallel), self._event)
@@ -70,7 +73,8 @@ class Run:
         self.counters = Counters()
         self.guard = Guard(config.guard, self.counters.guard)
         self.signals = Signals(parallel, console)
-        self.watch = DataWatch(source_of(config.data), config.guard.stall_s, partial(say, console))
+        self.unless_full = UnlessFull(partial(say, console))
+        self.watch = DataWatch(self.data.source, config.guard.stall_s, partial(say, console))
         self._log: RunLog | None = None
         self._unread: list[tuple[Position, StepResult]] = []
         self._skipped, self._norm = 0, 0.0
@@ -89,8 +93,7 @@ class Run:
             UserError: if the last checkpoint cannot be written.
         """
         self._resume()
-        if self.parallel.first:
-            self._log = RunLog(self.folder, self.counters.nimg, self.config.logging)
+        self.parallel.from_first(self._open_log)
         self._rate = Rate(self.counters.elapsed_s)
         try:
             with self.signals, LiveLine(self.console) as line:
@@ -116,6 +119,9 @@ class Run:
             )
         return here is None
 
+    def _open_log(self) -> None:
+        self._log = RunLog(self.folder, self.counters.nimg, self.config.logging)
+
     def _close(self) -> None:
         if self._log is not None:
             self._log.close()
@@ -131,15 +137,18 @@ class Run:
         for folder in reversed(folders):
             try:
                 self._restore(folder)
-            except UserError as error:
+            except Damaged as error:
                 if folder == folders[0]:
-                    raise
+                    raise self.parallel.mistake(
+                        f"{error}, and none before it is whole; delete {self.folder} to train anew, or "
+                        "choose another folder with --out"
+                    ) from error
                 say(self.console, f"{error}; it is set aside as {folder.name}.damaged")
                 self.parallel.from_first(partial(aside, folder))
                 continue
             say(self.console, f"Going on from image {self.counters.nimg:,} ({folder})")
             return
-        say(self.console, self.saver.forecast(self.folder, self._milestones()))
+        say(self.console, self.saver.forecast(self.folder))
 
     def _restore(self, folder: Path) -> None:
         self.counters, facts = self.saver.checkpoints.restore(folder)
@@ -153,10 +162,15 @@ class Run:
         self.learner.model.position_scale = stage.position_scale
         if not self.data.serves(stage):
             self.data.close()
+            classes = self.data.classes
             self.data = self.setup.data(stage, self.codec, self.text_encoder)
+            self.parallel.from_first(lambda: check_classes(stage, self.data.classes, classes))
+            self.watch.source = self.data.source
         if here.index not in self._micro_batches:
             held, workers = self.saver.held_bytes, self.learner.workers.count
-            self._micro_batches = {here.index: self.setup.micro_batch(stage, held, workers)}
+            micro_batch = self.setup.micro_batch(stage, held, workers)
+            self._micro_batches = {here.index: micro_batch}
+            self.setup.fit_to_stage(self.learner, stage, self.data, micro_batch)
         if here.done_nimg == 0 and not stage.keep_optimizer:
             forget(self.learner.optimizers)
 
@@ -266,7 +280,8 @@ class Run:
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
         if self._log is not None:
-            self._log.write(kind, row)
+            with self.unless_full():
+                self._log.write(kind, row)
 
     def _event(self, what: str, text: str) -> None:
         say(self.console, text)
@@ -323,27 +338,23 @@ class Run:
                 self._write("validation", {"nimg": self.counters.nimg, "stage": here.stage.name, **row})
             if last or self._crossed(logging.sample_nimg, batch):
                 self._sample()
-            if last or self._crossed(logging.checkpoint_nimg, batch):
-                every = logging.milestone_nimg
-                self._save(every is not None and (last or self._crossed(every, batch)))
+            wanted, milestone = due(logging, self.counters.nimg, batch, last)
+            if wanted:
+                self._save(keep_forever=milestone)
 
     def _sample(self) -> None:
-        path = beside.sample_grid(
-            self.learner,
-            self.config,
-            self.data,
-            self.codec,
-            self.text_encoder,
-            self.counters.nimg,
-            self.folder / "progress",
-        )
-        if self._log is not None:
-            self._log.picture("samples", self.counters.nimg, path)
-
-    def _milestones(self) -> int:
-        """Checkpoints that will be kept for good."""
-        every = self.config.logging.milestone_nimg
-        return 0 if every is None else self.config.nimg // every + len(self.config.stages)
+        with self.unless_full():
+            path = beside.sample_grid(
+                self.learner,
+                self.config,
+                self.data,
+                self.codec,
+                self.text_encoder,
+                self.counters.nimg,
+                self.folder / "progress",
+            )
+            if self._log is not None:
+                self._log.picture("samples", self.counters.nimg, path)
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -376,6 +387,7 @@ def train(config: RunConfig, folder: Path, console: Console, allow_changes: bool
         UserError: for mistakes in configuration, data or folder.
         TrainingFailed: if training diverges and nothing helps.
     """
+    hold_saves()
     check_trackers(config.logging)
     follow_launcher()
     parallel = Parallel(config.parallel, config.device)

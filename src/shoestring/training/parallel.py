@@ -8,6 +8,7 @@ is read here.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -26,6 +27,9 @@ from shoestring.interfaces import Conditioning, Network, NetworkOutput
 from shoestring.models.moe import ExpertChoice
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import SaidElsewhere, UserError, pick_device
+
+# All of them are used: it is asked for to keep the buckets as they are.
+warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
 
 Value = TypeVar("Value")
 
@@ -71,14 +75,14 @@ class Parallel:
     def _check(self) -> None:
         share = self.config.shard_ranks
         if self.sharding == "hybrid" and (share is None or self.ranks % share):
-            raise UserError(
+            raise self.mistake(
                 f"parallel.shard_ranks is {share}; with parallel.sharding=hybrid it must divide the "
                 f"{self.ranks} ranks: each group of so many holds one copy of the network"
             )
         if self.sharding != "hybrid" and share is not None:
-            raise UserError(
-                f"parallel.shard_ranks is {share}, but parallel.sharding is {self.config.sharding}; set it to "
-                "null, or choose parallel.sharding=hybrid"
+            raise self.mistake(
+                f"parallel.shard_ranks is {share}, but parallel.sharding is {self.config.sharding}; set it "
+                "to null, or choose parallel.sharding=hybrid"
             )
 
     @property
@@ -106,8 +110,15 @@ class Parallel:
         if self.ranks == 1:
             return network
         if self.sharding == "ddp":
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self._ddp = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+            cuda = self.device.type == "cuda"
+            self._ddp = DistributedDataParallel(
+                network,
+                device_ids=[self.device.index] if cuda else None,
+                gradient_as_bucket_view=True,
+                # Else DDP sorts its buckets anew after the first step, and with them the order in which more
+                # than two ranks add up: a resumed run would differ from an undisturbed one in the last bits.
+                find_unused_parameters=not cuda,
+            )
             return _Replica(network, self._ddp)
         for tensor in [*network.parameters(), *network.buffers()]:
             dist.broadcast(tensor.detach(), 0)
@@ -201,7 +212,7 @@ class Parallel:
         return [float(value) for value in tensor]
 
     def gathered(self, value: Value) -> list[Value]:
-        """Every rank's value, in their order; small things only (they are pickled between our own processes)."""
+        """Every rank's value, in their order; small things only: they are pickled between our processes."""
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
@@ -236,6 +247,10 @@ class Parallel:
             raise SaidElsewhere(box[1])
         result: Value = box[0]
         return result
+
+    def mistake(self, text: str) -> UserError:
+        """A mistake that all ranks have found, to be raised: the first one says it."""
+        return UserError(text) if self.first else SaidElsewhere(text)
 
     def barrier(self) -> None:
         """Wait for all hosts."""
@@ -281,8 +296,8 @@ def check_batches(config: RunConfig, ranks: int) -> None:
     for stage in config.stages:
         if stage.batch % ranks:
             raise UserError(
-                f"stage {stage.name!r}: batch is {stage.batch}, which {ranks} ranks cannot share evenly; choose "
-                f"a multiple of {ranks}, or another number of ranks"
+                f"stage {stage.name!r}: batch is {stage.batch}, which {ranks} ranks cannot share evenly; "
+                f"choose a multiple of {ranks}, or another number of ranks"
             )
 
 

@@ -15,12 +15,15 @@ from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.models.files import build_network
 from shoestring.planning import fitting_micro_batch, measured_peak_flops
 from shoestring.runtime import PRECISIONS, Workers, default_workers, say, stream
+from shoestring.training.compiling import compile_blocks
 from shoestring.training.folder import remember
 from shoestring.training.optim import Optimizers
 from shoestring.training.parallel import Parallel
 from shoestring.training.stage_data import StageData, load_stage
-from shoestring.training.starting import initial_weights
-from shoestring.training.step import Learner
+from shoestring.training.starting import begun, initial_weights
+from shoestring.training.step import Learner, part_sizes
+from shoestring.training.step_shapes import stage_shapes
+from shoestring.training.timed_attention import attention_sentence, choose_attention
 
 MACHINE = "machine.json"
 SPARE = 0.9
@@ -64,11 +67,9 @@ class Setup:
         """Network, optimisers and averages at the beginning."""
         config, parallel = self.config, self.parallel
         network = build_network(config, stream(config.seed, "init"))
-        initial_weights(config, network)
+        if not parallel.from_first(lambda: begun(self.folder)):
+            initial_weights(config, network)
         network.to(parallel.device)
-        if config.compile:
-            for block in network.all_blocks():
-                block.compile(dynamic=False, isolate_recompiles=True)
         precision = PRECISIONS[config.precision]
         process = build_process(config.process, sigma_data)
         # Part of what determines the bits of a run, so it is kept with it. A rank has one thread of work.
@@ -78,6 +79,30 @@ class Setup:
         return Learner.build(
             network, config.tokens, process, optimizer, workers, parallel, precision, config.power_ema
         )
+
+    def fit_to_stage(self, learner: Learner, stage: StageConfig, data: StageData, micro_batch: int) -> None:
+        """Choose the attention of a stage's shapes (on a CPU, by timing) and compile the blocks for them.
+
+        Args:
+            learner: its network is prepared.
+            stage: about to begin.
+            data: of the stage.
+            micro_batch: images at once on this rank.
+        """
+        config, network = self.config, learner.model
+        share = stage.batch // self.parallel.ranks
+        images = part_sizes(share, micro_batch, learner.workers.count)
+        shapes = [shape for grid in data.grids for shape in stage_shapes(config, stage, grid, images)]
+        if self.parallel.device.type == "cpu" and config.model.attention == "auto":
+            dtype = PRECISIONS[config.precision]
+            choices = self.remembered(
+                f"attention_{stage.name}_{config.precision}",
+                lambda: choose_attention(config.model, config.tokens, shapes, dtype, learner.workers),
+            )
+            network.use_attention(choices)
+            say(self.console, attention_sentence(choices))
+        if config.compile:
+            compile_blocks(network, config.tokens, shapes)
 
     @torch.no_grad()
     def begin_anew(self, learner: Learner) -> None:

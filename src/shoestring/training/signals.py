@@ -16,6 +16,18 @@ from shoestring.training.parallel import Parallel
 SAVE, STOP = 1, 2
 
 
+def hold_saves() -> None:
+    """Keep SIGUSR1 waiting until :class:`Signals` can heed it; it would end a process that is starting."""
+    if hasattr(signal, "SIGUSR1"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
+def heed_saves() -> None:
+    """The opposite of :func:`hold_saves`; one that came meanwhile comes now."""
+    if hasattr(signal, "SIGUSR1"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
 @dataclass(frozen=True)
 class Asked:
     """What is to be done after this step; the same on all ranks."""
@@ -25,9 +37,11 @@ class Asked:
 
 
 class Signals:
-    """Ctrl-C and SIGTERM save and end the run after the current step, a second one ends it at once.
+    """Ctrl-C and SIGTERM save and end the run after the current step, Ctrl-C after that ends it at once.
 
-    SIGUSR1 saves, and the run goes on: some schedulers send it before they take a machine away.
+    A second SIGTERM changes nothing: schedulers send it to all processes of a run, and launchers pass theirs
+    on, so that it comes twice. SIGUSR1 saves, and the run goes on: some send it before they take a machine
+    away.
 
     Args:
         parallel: a signal to one rank is one to all.
@@ -41,9 +55,11 @@ class Signals:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._wanted == STOP:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self._wanted = STOP
-        say(self.console, "Stopping after this step and saving; once more to stop at once.")
+        say(self.console, "Stopping after this step and saving; Ctrl-C stops at once.")
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self._wanted = max(self._wanted, SAVE)
@@ -63,6 +79,7 @@ class Signals:
         if hasattr(signal, "SIGUSR1"):
             handlers[signal.SIGUSR1] = self._save
         self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        heed_saves()
         return self
 
     def __exit__(

@@ -19,10 +19,11 @@ from shoestring.models.routing import build_method, method_class
 from shoestring.planning import patch_grid
 from shoestring.runtime import UserError, say
 from shoestring.sampling.guidance import check_guidance
-from shoestring.training.checks import non_finite_records
+from shoestring.training.checks import non_finite_records, source_of
 from shoestring.training.folder import remember
 from shoestring.training.step import Draws, TrainingBatch
-from shoestring.training.stores import open_stores, own_store
+from shoestring.training.step_shapes import padded_length
+from shoestring.training.stores import open_stores, own_store, same_data
 
 STORED = ("store", "folder")
 """Sources that training reads from a store."""
@@ -33,19 +34,37 @@ SHIFT_BATCHES = 10_007
 
 @dataclass(frozen=True)
 class StageData:
-    """Encoded data at one resolution."""
+    """Encoded data of a stage, and of others that train on the same."""
 
     config: RunConfig
+    stage: StageConfig
+    """The one that it was made for."""
     train: TrainingData
     held_out: TrainingData | None
     classes: tuple[str, ...]
     """Names of the classes by number, for class-conditional models."""
-    resolution: int
     device: torch.device
 
     def serves(self, stage: StageConfig) -> bool:
         """Whether these are the data of a stage."""
-        return stage.resolution == self.resolution
+        return same_data(self.stage, stage)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures in pixels."""
+        return self.stage.resolution
+
+    @property
+    def source(self) -> str:
+        """Where the pictures come from, for a sentence."""
+        own = {"stores": self.stage.stores} if self.stage.stores else {}
+        return source_of(self.config.data.model_copy(update=own))
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of patches of each shape of pictures."""
+        multiple = self.train.codec.downsampling * self.config.model.patch_size
+        return tuple((height // multiple, width // multiple) for height, width in self.train.buckets)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -93,7 +112,7 @@ class StageData:
     def broken(
         self, stage: StageConfig, first_nimg: int, nimg: int, shift: int = 0, rank: int = 0, ranks: int = 1
     ) -> list[str]:
-        """The records of a batch whose latents or captions are not finite, read once more; see :meth:`batch`."""
+        """The records of a batch whose latents or captions are not finite, read again; see :meth:`batch`."""
         batch = self.batch(stage, first_nimg, nimg, shift, rank, ranks)
         place, first = nimg + shift * SHIFT_BATCHES * stage.batch, rank * stage.batch // ranks
         return non_finite_records(
@@ -138,13 +157,14 @@ class StageData:
         text_BSD, mask_BS = rows.text_BSD, rows.text_mask_BS
         assert text_BSD is not None
         assert mask_BS is not None
-        if self.config.compile:  # one length for all batches, or each would be compiled anew
-            missing = self.config.data.max_tokens - mask_BS.shape[1]
-            text_BSD = torch.nn.functional.pad(text_BSD, (0, 0, 0, missing))
-            mask_BS = torch.nn.functional.pad(mask_BS, (0, missing))
-        elif model.mask_captions:
-            longest = int(mask_BS.sum(1).max())
-            text_BSD, mask_BS = text_BSD[:, :longest], mask_BS[:, :longest]
+        length, most = mask_BS.shape[1], self.config.data.max_tokens
+        if model.mask_captions:
+            length = max(1, int(mask_BS.sum(1).max()))
+        if self.config.compile:  # few lengths, as each is compiled by itself
+            length = padded_length(length, most) if model.mask_captions else most
+        missing = max(0, length - mask_BS.shape[1])
+        text_BSD = torch.nn.functional.pad(text_BSD[:, :length], (0, 0, 0, missing))
+        mask_BS = torch.nn.functional.pad(mask_BS[:, :length], (0, missing))
         return Conditioning(self._send(text_BSD), self._send(mask_BS))
 
     def _send(self, tensor: Tensor) -> Tensor:
@@ -178,6 +198,16 @@ def check_settings(config: RunConfig, codec: ImageCodec, text_encoder: TextEncod
         )
     for stage in config.stages:
         patch_grid(config, stage, codec.downsampling)
+        if stage.stores and data.source != "store":
+            raise UserError(
+                f"stages.{stage.name}.stores is set, but data.source is {data.source}; set it to store, or "
+                "leave them out"
+            )
+        if stage.min_side is not None and data.source not in STORED:
+            raise UserError(
+                f"stages.{stage.name}.min_side is {stage.min_side}, but the pictures of data.source="
+                f"{data.source} have no originals of other sizes; set it to null"
+            )
     with torch.device("meta"):
         method = build_method(model, config.tokens)
     check_guidance(config.sampling, method.predicts_all)
@@ -196,7 +226,7 @@ def load_stage(
 
     Args:
         config: of the run.
-        stage: its resolution and batch size count.
+        stage: its data, resolution and batch size count.
         codec: pixels to latents.
         text_encoder: captions to embeddings; ``None`` where captions are not read.
         device: where batches go.
@@ -225,7 +255,7 @@ def load_stage(
         f"{source}: {len(train):,} pictures to train on, {held:,} held out"
         + (f", {len(classes)} classes" if classes else ""),
     )
-    return StageData(config, train, held_out, classes, stage.resolution, device)
+    return StageData(config, stage, train, held_out, classes, device)
 
 
 def real_pictures(config: RunConfig, stage: StageConfig, codec: ImageCodec, folder: Path) -> Splits:

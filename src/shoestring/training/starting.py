@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shoestring.config import RunConfig
+from shoestring.config import ModelConfig, RunConfig
 from shoestring.models.files import is_own, load_weights, read_header
 from shoestring.models.released import load_released, read_tensors
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import UserError
 from shoestring.sampling.generate import find_model
+from shoestring.training.folder import checkpoint_folders
+from shoestring.training.mark import read_mark
+
+CLOSE = 0.01
+"""Measured deviations that differ by less are taken to be one."""
 
 
 def initial_weights(config: RunConfig, network: DiffusionTransformer) -> None:
     """Put the weights that a run begins with into its network, where ``config.initial_weights`` names some.
 
-    Position tables are not taken over: every stage makes its own.
+    Of run and checkpoint folders the averaged weights are taken; averages and optimiser begin anew. Position
+    tables are not taken over: every stage makes its own.
 
     Args:
         config: of the run.
@@ -29,10 +35,65 @@ def initial_weights(config: RunConfig, network: DiffusionTransformer) -> None:
         return
     path = find_model(Path(config.initial_weights))
     if is_own(path):
-        load_weights(network, read_header(path, None).tensors, str(path))
+        header = read_header(path, None)
+        _check_same_model(config.model, header.config.model, path)
+        load_weights(network, header.tensors, str(path))
     else:
         load_released(network, read_tensors(path), str(path))
     network.pos_embed = network.decoder_pos_embed = None
+
+
+def _check_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> None:
+    """What shapes do not show: the same tensors would be another function."""
+    pairs: dict[str, tuple[object, object]] = {
+        "kind": (ours.kind, theirs.kind),
+        "head_dim": (ours.head_dim, theirs.head_dim),
+        "decoder.head_dim": (ours.decoder.head_dim, theirs.decoder.head_dim),
+        "mup_base_dim": (ours.mup_base_dim, theirs.mup_base_dim),
+    }
+    for name, (here, there) in pairs.items():
+        if here != there:
+            raise UserError(
+                f"initial_weights: {path} is of another model, with model.{name}={there}, here it is {here}; "
+                "set it to that, or take other weights"
+            )
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run has a checkpoint, so that what it began with does not matter any more."""
+    return bool(checkpoint_folders(folder))
+
+
+def scale_of_latents(config: RunConfig, folder: Path, measure: Callable[[], float]) -> float:
+    """The standard deviation of the latents that a run scales its network by, the same to its end.
+
+    Args:
+        config: of the run.
+        folder: of the run; if it has begun, its checkpoints know.
+        measure: gives that of the first stage's data.
+
+    Returns:
+        ``process.sigma_data`` where it is set, else that of the initial weights, else the measured one.
+
+    Raises:
+        UserError: if the initial weights were trained with another one than is set.
+    """
+    for checkpoint in reversed(checkpoint_folders(folder)):
+        try:
+            return float(read_mark(checkpoint)["facts"]["sigma_data"])
+        except UserError:  # damaged: restoring passes it over too, and says so
+            continue
+    given, known = config.process.sigma_data, None
+    if config.initial_weights is not None:
+        path = find_model(Path(config.initial_weights))
+        if is_own(path):
+            known = read_header(path).facts.sigma_data
+            if given is not None and abs(given / known - 1) > CLOSE:
+                raise UserError(
+                    f"process.sigma_data is {given:g}, but {path} was trained with {known:.4g}; set it to "
+                    "null to go on with that"
+                )
+    return given or known or measure()
 
 
 def from_stage(config: RunConfig, name: str) -> RunConfig:
@@ -46,14 +107,19 @@ def from_stage(config: RunConfig, name: str) -> RunConfig:
         The recipe from there on.
 
     Raises:
-        UserError: if there is no such stage.
+        UserError: if there is no such stage, or nothing to begin it with.
     """
     names: Sequence[str] = [stage.name for stage in config.stages]
     if name in names:
         index = names.index(name)
-    elif name.isdigit() and int(name) < len(names):
+    elif name.isdecimal() and int(name) < len(names):
         index = int(name)
     else:
         listed = ", ".join(f"{i} ({each})" for i, each in enumerate(names))
         raise UserError(f"--from-stage: there is no stage {name!r}; choose from {listed}")
+    if index > 0 and config.initial_weights is None:
+        raise UserError(
+            f"--from-stage {name} leaves out the stages before it, but initial_weights is not set, so "
+            "nothing learned would go into it; set initial_weights to a run folder, checkpoint or model file"
+        )
     return config.model_copy(update={"stages": config.stages[index:]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import Workers, stream_seed
 from shoestring.tensors import visible_from_noise
 from shoestring.training.averages import Averages
+from shoestring.training.low_precision import LowPrecisionWeights, add_gradients
 from shoestring.training.optim import Optimizers
 from shoestring.training.parallel import Parallel, fill_missing_gradients, whole
 from shoestring.training.schedule import Position, ema_decay
@@ -148,8 +150,10 @@ class Learner:
     averages: Averages
     workers: Workers
     parallel: Parallel
-    shapes_seen: set[tuple[int, float]] = field(default_factory=set)
-    """Batch sizes and mask ratios of steps so far."""
+    low_precision: LowPrecisionWeights | None
+    """Copies of the weights that all threads share, where there are several."""
+    shapes_seen: set[tuple[torch.Size, float]] = field(default_factory=set)
+    """Shapes of batches and mask ratios of steps so far."""
 
     @staticmethod
     def build(
@@ -180,6 +184,7 @@ class Learner:
         if parallel is None:
             parallel = Parallel(ParallelConfig(), str(next(network.parameters()).device))
         spread = parallel.spread(network, precision)
+        shared = precision == torch.bfloat16 and workers.count > 1
         return Learner(
             network,
             tokens,
@@ -190,6 +195,7 @@ class Learner:
             Averages(network, power_ema),
             workers,
             parallel,
+            LowPrecisionWeights(network, precision) if shared else None,
         )
 
 
@@ -201,6 +207,29 @@ class StepResult:
     """Mean over the whole batch."""
     norm: Tensor
     """Of the gradient, before clipping."""
+
+
+def part_size(images: int, workers: int) -> int:
+    """Images of one thread's part of a micro-batch; the last part may have fewer."""
+    return math.ceil(images / workers)
+
+
+def part_sizes(share: int, micro_batch: int, workers: int) -> set[int]:
+    """Numbers of images that go through the network at once.
+
+    Args:
+        share: images of a step on this rank.
+        micro_batch: images of a piece of it.
+        workers: threads that share a piece.
+
+    Returns:
+        All that occur.
+    """
+    sizes = set()
+    for piece in {min(micro_batch, share - start) for start in range(0, share, micro_batch)}:
+        size = part_size(piece, workers)
+        sizes |= {min(size, piece - start) for start in range(0, piece, size)}
+    return sizes
 
 
 def _accumulate(
@@ -225,20 +254,25 @@ def _accumulate(
         fill_missing_gradients(parameters)
         return total
 
+    low = learner.low_precision
+    leaves = parameters if low is None else low.leaves
+
     def gradient(part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
         loss = loss_of(part)
         # A mask token has no gradient in steps that drop nothing: zero then.
-        return loss.detach(), torch.autograd.grad(loss, parameters, materialize_grads=True)
+        return loss.detach(), torch.autograd.grad(loss, leaves, materialize_grads=True)
 
     # The first time, one part after another: a compiled block is then compiled once, not once a thread.
-    shape = (len(batch.x0), mask_ratio)
+    shape = (batch.x0.shape, mask_ratio)
     together = shape in learner.shapes_seen
     summed: list[Tensor] | None = None
-    for piece in pieces:
-        parts = list(piece.split(math.ceil(len(piece.x0) / learner.workers.count)))
-        for loss, gradients in learner.workers.map(gradient, parts, together):  # summed in this order, always
-            total += loss
-            summed = list(gradients) if summed is None else list(torch._foreach_add(summed, list(gradients)))
+    with nullcontext() if low is None else low.used():
+        for piece in pieces:
+            parts = list(piece.split(part_size(len(piece.x0), learner.workers.count)))
+            results = learner.workers.map(gradient, parts, together)  # summed in this order, always
+            for loss, _ in results:
+                total += loss
+            summed = add_gradients(summed, [gradients for _, gradients in results])
     learner.shapes_seen.add(shape)
     assert summed is not None
     for parameter, value in zip(parameters, summed, strict=True):

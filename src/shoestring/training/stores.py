@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from rich.console import Console
 
 from shoestring.config import RunConfig, StageConfig, StoreConfig
 from shoestring.data.buckets import bucket_shapes
 from shoestring.data.cache import BlockCache
 from shoestring.data.ingest import ingest, rejections
-from shoestring.data.manifest import CaptionsColumn, LatentsColumn, TextColumn
-from shoestring.data.members import Member, choose_rows
+from shoestring.data.members import Member, Rows, choose_rows
 from shoestring.data.precompute import Job, LatentsJob, TextJob, prepare
 from shoestring.data.readers import open_reader
 from shoestring.data.ready import codec_for
@@ -25,6 +25,13 @@ from shoestring.data.units import Makers
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.runtime import UserError, say, write_text
 from shoestring.training.folder import remember
+from shoestring.training.store_columns import (
+    at_resolution,
+    captions_column,
+    latents_column,
+    say_unsure,
+    text_column,
+)
 
 REMOTE_WINDOW = 16
 """Blocks shuffled together where each has to be fetched: 16,384 records."""
@@ -126,11 +133,43 @@ def check_stages(
     """
     if config.data.source != "store":
         return
-    for resolution in dict.fromkeys(stage.resolution for stage in config.stages):
-        stages = [stage for stage in config.stages if stage.resolution == resolution]
-        train, _ = open_stores(config, stages[0], codec, text_encoder, folder, console)
-        for stage in stages:
-            train.order(stage.batch)
+    opened: list[tuple[StageConfig, StoreData]] = []
+    for stage in config.stages:
+        for other, train in opened:
+            if same_data(other, stage):
+                train.order(stage.batch)
+                break
+        else:
+            train, _ = open_stores(config, stage, codec, text_encoder, folder, console)
+            opened.append((stage, train))
+    if config.model.condition == "class":
+        for stage, train in opened[1:]:
+            check_classes(stage, train.captions, opened[0][1].captions)
+
+
+def same_data(one: StageConfig, other: StageConfig) -> bool:
+    """Whether two stages of a run train on the same data."""
+    return (one.resolution, one.stores, one.min_side) == (other.resolution, other.stores, other.min_side)
+
+
+def check_classes(stage: StageConfig, names: Sequence[str], before: Sequence[str]) -> None:
+    """Refuse a stage whose classes are others than those of the stages before: their numbers would change.
+
+    Args:
+        stage: which.
+        names: of its classes, by the alphabet.
+        before: of those of the run so far.
+
+    Raises:
+        UserError: naming a class that only one of them has.
+    """
+    odd = sorted(set(names) ^ set(before))
+    if odd:
+        which = "does not have" if odd[0] in before else "alone has"
+        raise UserError(
+            f"stage {stage.name!r} {which} the class {odd[0]!r}; with model.condition=class all stages need "
+            "the same classes, change its stores or min_side"
+        )
 
 
 def open_stores(
@@ -146,12 +185,12 @@ def open_stores(
 
     Args:
         config: of the run.
-        stage: its resolution and batch size count.
+        stage: its data, resolution and batch size count.
         codec: of the recipe.
         text_encoder: of the recipe; ``None`` where captions are not read.
         folder: run folder; remembers the stores' versions, which are pinned.
         console: where a person reads.
-        stores: which; those of the recipe by default.
+        stores: which; those of the stage or else of the recipe by default.
 
     Returns:
         Both; the second is ``None`` if nothing is held out.
@@ -161,34 +200,38 @@ def open_stores(
             such captions, or cannot fill the batches of the stage.
     """
     data = config.data
-    stores = stores or data.stores or ([StoreConfig(path=data.path)] if data.path is not None else [])
+    mixed = stage.stores or data.stores
+    stores = stores or mixed or ([StoreConfig(path=data.path)] if data.path is not None else [])
     if not stores:
         raise UserError(
             "data.path is not set; data.source=store needs the folder or URL of a store (or data.stores)"
         )
     if data.stores and data.path is not None:
         raise UserError(f"data.path is {data.path!r} and data.stores is set too; leave one of them out")
-    _check_weights(data.stores)
+    where = f"stages.{stage.name}.stores" if stage.stores else "data.stores"
+    _check_weights(mixed, where)
     trained, held = [], []
     shared: BlockCache | None = None  # one for all: it counts what its folder holds
     for number, place in enumerate(stores):
         store = _open(place, number, stage, folder, console)
-        latents = _latents(store, stage, codec, config)
-        text = None if text_encoder is None else _text(store, text_encoder, config)
-        _say_unsure(store, latents, text, codec, text_encoder, console)
-        captions = tuple(_captions(store, name) for name in data.captions)
+        latents = latents_column(store, stage, codec, config)
+        text = None if text_encoder is None else text_column(store, text_encoder, config)
+        say_unsure(store, latents, text, codec, text_encoder, console)
+        captions = tuple(captions_column(store, name) for name in data.captions)
         cache = None
         if "://" in store.uri:
             shared = shared or BlockCache(Path(data.cache or folder / "cache"), int(data.cache_gb * 1e9))
             cache = shared
         train_rows, held_rows = choose_rows(store, latents, captions, data.held_out, data.split)
+        if stage.min_side is not None:
+            train_rows, held_rows = _large_enough(store, stage, train_rows, held_rows)
         trained.append(Member(store, latents, text, captions, train_rows, cache))
         held.append(Member(store, latents, text, captions, held_rows, cache))
-    _check_equal(trained)
+    _check_equal(trained, where)
     remote = any(member.cache is not None for member in trained)
     mixing = Mixing(
         seed=config.seed,
-        weights=tuple(place.weight for place in stores) if data.stores else (),
+        weights=tuple(place.weight for place in stores) if mixed else (),
         repeats=data.mix == "repeats",
         window=data.window_blocks or (REMOTE_WINDOW if remote else None),
         flip=data.flip,
@@ -201,22 +244,40 @@ def open_stores(
     return train, StoreData(some, codec, mixing, classes) if some else None
 
 
-def _check_weights(stores: Sequence[StoreConfig]) -> None:
+def _check_weights(stores: Sequence[StoreConfig], where: str) -> None:
     for number, place in enumerate(stores):
         if not (math.isfinite(place.weight) and place.weight > 0):
             raise UserError(
-                f"data.stores.{number}.weight is {place.weight:g}, but must be a positive number; to leave "
-                f"{place.path} out, take it off data.stores"
+                f"{where}.{number}.weight is {place.weight:g}, but must be a positive number; to leave "
+                f"{place.path} out, take it off {where}"
             )
 
 
+def _large_enough(
+    store: Store, stage: StageConfig, *sides: tuple[Rows, ...]
+) -> tuple[tuple[Rows, ...], tuple[Rows, ...]]:
+    """Training and held-out rows without those of small originals."""
+    assert stage.min_side is not None
+    width_N, height_N = (store.column("records", name).to_numpy() for name in ("width", "height"))
+    shorter_N = np.minimum(width_N, height_N)
+    train, held = (tuple(rows[shorter_N[rows] >= stage.min_side] for rows in side) for side in sides)
+    if not any(len(rows) for rows in train):
+        raise UserError(
+            f"stage {stage.name!r} has min_side {stage.min_side}, which leaves no picture of {store.uri} to "
+            f"train on: the largest has a shorter side of {shorter_N.max()} px; lower it or leave that out"
+        )
+    return train, held
+
+
 def _open(place: StoreConfig, number: int, stage: StageConfig, folder: Path, console: Console) -> Store:
-    """A store as it was when the run first needed this resolution, wherever it lies now."""
-    path, key = folder / "machine.json", f"store {number} at {stage.resolution} px"
+    """A store as it was when the run first looked at it for this stage's data, wherever it lies now."""
+    path = folder / "machine.json"
+    own = f" of stage {stage.name!r}" if stage.stores else ""
+    key = f"store {number}{own} at {stage.resolution} px"
 
     def newest() -> int:
         store = Store(place.path)
-        _at_resolution(store, stage)  # a version without it would be of no use
+        at_resolution(store, stage)  # a version without it would be of no use
         return store.version
 
     version = remember(path, f"{key}: version", newest)
@@ -228,7 +289,7 @@ def _open(place: StoreConfig, number: int, stage: StageConfig, folder: Path, con
         )
     if not len(store):
         raise UserError(f"{place.path} has no records; leave it out, or ingest and prepare pictures anew")
-    name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()
+    name = hashlib.blake2b(f"{folder.resolve()}{own}".encode(), digest_size=6).hexdigest()
     try:
         store.pin(f"run-{name}-{stage.resolution}")
     except (OSError, ValueError, UserError) as error:
@@ -240,136 +301,14 @@ def _open(place: StoreConfig, number: int, stage: StageConfig, folder: Path, con
     return store
 
 
-def _captions(store: Store, name: str) -> CaptionsColumn:
-    have = [column.name for column in store.manifest.captions]
-    if name not in have:
-        raise UserError(
-            f"data.captions names {name!r}, but {store.uri} has the captions {', '.join(have) or 'none'}; "
-            "set data.captions to some of them, or add them with: shoestring data caption"
-        )
-    return store.captions(name)
-
-
-def _say_unsure(
-    store: Store,
-    latents: LatentsColumn,
-    text: TextColumn | None,
-    codec: ImageCodec,
-    encoder: TextEncoder | None,
-    console: Console,
-) -> None:
-    """Imports do not say which weights made them, and fit all of their kind and size."""
-    pairs = [(latents.codec, codec.identity)]
-    if text is not None and encoder is not None:
-        pairs.append((text.encoder, encoder.identity))
-    for stored, wanted in pairs:
-        if stored.digest != wanted.digest:
-            say(
-                console,
-                f"{store.uri} does not say which weights of {stored.name} made it; they are taken to be "
-                f"those of the recipe, {wanted}",
-            )
-
-
-def _at_resolution(store: Store, stage: StageConfig) -> list[LatentsColumn]:
-    columns = store.manifest.latents
-    fitting = [column for column in columns if column.resolution == stage.resolution]
-    if not fitting:
-        have = ", ".join(f"{c.resolution} px ({c.codec.name})" for c in columns) or "none"
-        raise UserError(
-            f"stage {stage.name!r} has resolution {stage.resolution}, but {store.uri} holds latents at "
-            f"{have}; set the resolution to one of them, or add the column with: shoestring data prepare"
-        )
-    return fitting
-
-
-def _latents(store: Store, stage: StageConfig, codec: ImageCodec, config: RunConfig) -> LatentsColumn:
-    """The moments at the stage's resolution by the recipe's codec."""
-    fitting = _at_resolution(store, stage)
-    same = [column for column in fitting if column.codec.same(codec.identity)]
-    if not same:
-        raise UserError(
-            f"{store.uri} was made by the codec {fitting[0].codec}, but the recipe has {codec.identity}; set "
-            "data.codec and data.codec_path to the store's, or prepare the pictures anew"
-        )
-    column = same[-1]
-    channels = codec.channels if column.sampled else codec.moment_channels
-    stored = (column.channels, column.moment_channels, column.downsampling)
-    if stored != (codec.channels, channels, codec.downsampling):
-        raise UserError(
-            f"the latents {column.name!r} of {store.uri} have {column.channels} channels, one for "
-            f"{column.downsampling} x {column.downsampling} pixels, but the recipe's codec {codec.identity} "
-            f"has {codec.channels} for {codec.downsampling} x {codec.downsampling}; set data.codec_path to "
-            "the one that made them"
-        )
-    if not column.sigma > 0:
-        raise UserError(
-            f"the latents {column.name!r} of {store.uri} have the deviation {column.sigma:g}, so all its "
-            "pictures are one flat colour and there is nothing to learn; prepare other pictures"
-        )
-    if config.data.flip and not column.mirrored and column.downsampling > 1:
-        raise UserError(
-            f"data.flip is true, but {store.uri} holds no mirrored latents {column.name!r}; prepare with "
-            "--flip, or set data.flip=false"
-        )
-    for height, width in column.buckets:
-        unit = column.downsampling * config.model.patch_size
-        if height % unit or width % unit:
-            raise UserError(
-                f"{store.uri} holds pictures of {width} x {height}, whose sides are no multiples of {unit} "
-                f"(codec {column.downsampling} times model.patch_size {config.model.patch_size}); set "
-                "model.patch_size to a smaller one, or prepare with --multiple"
-            )
-    sigma = config.process.sigma_data
-    if sigma is not None and not 0.5 <= sigma / column.sigma <= 2:
-        raise UserError(
-            f"process.sigma_data is {sigma}, but the latents of {store.uri} were measured to have "
-            f"{column.sigma:.4g}; "
-            "set process.sigma_data=null to take the measured one"
-        )
-    return column
-
-
-def _text(store: Store, encoder: TextEncoder, config: RunConfig) -> TextColumn:
-    """The embeddings by the recipe's encoder."""
-    columns = store.manifest.text
-    same = [column for column in columns if column.encoder.same(encoder.identity)]
-    if not same:
-        have = ", ".join(str(column.encoder) for column in columns) or "no encoder"
-        raise UserError(
-            f"{store.uri} holds captions encoded by {have}, but the recipe has {encoder.identity}; set "
-            "data.text_encoder to the store's, or add the column with: shoestring data prepare"
-        )
-    attends_padding = not config.model.mask_captions
-    fitting = [column for column in same if column.positions == "all" or not attends_padding]
-    if not fitting:
-        raise UserError(
-            f"model.mask_captions is false, so padding is attended to, but {store.uri} holds captions at "
-            "their true length only; set model.mask_captions=true, or prepare with --positions all"
-        )
-    column = fitting[-1]
-    if column.width != encoder.width:
-        raise UserError(
-            f"{store.uri} holds captions of width {column.width}, but the recipe's encoder "
-            f"{encoder.identity} gives {encoder.width}; set data.text_encoder_path to the one that made them"
-        )
-    if column.max_tokens != encoder.max_tokens:
-        raise UserError(
-            f"data.max_tokens is {encoder.max_tokens}, but {store.uri} holds captions cut at "
-            f"{column.max_tokens} tokens; "
-            f"set data.max_tokens={column.max_tokens}"
-        )
-    return column
-
-
-def _check_equal(members: Sequence[Member]) -> None:
+def _check_equal(members: Sequence[Member], where: str) -> None:
     """One batch may hold rows of all stores."""
     first = members[0]
     keys = [member.key for member in members]
     for number, member in enumerate(members[1:], 1):
         if member.key in keys[:number]:
             raise UserError(
-                f"data.stores.{number}.path is {member.store.uri}, which holds the same records as "
+                f"{where}.{number}.path is {member.store.uri}, which holds the same records as "
                 f"{members[keys.index(member.key)].store.uri}; name it once, with a higher weight"
             )
         if member.latents.sampled != first.latents.sampled:

@@ -1,7 +1,7 @@
 """Where a run can be looked at from elsewhere: TensorBoard, Weights & Biases, trackio.
 
-wandb and trackio are optional packages and were not installed where this was written: their part follows
-their documentation and has not been run, beyond the tests that begin where they are installed.
+wandb and trackio are optional packages (extra ``trackers``). Both were run offline only: wandb with
+``WANDB_MODE=offline``, trackio in a local folder.
 """
 
 from __future__ import annotations
@@ -189,11 +189,18 @@ def check_trackers(logging: LoggingConfig) -> None:
         UserError: if a tracker is wanted that is not installed.
     """
     for package, project in (("wandb", logging.wandb), ("trackio", logging.trackio)):
-        if project is not None and importlib.util.find_spec(package) is None:
+        if project is not None and not _is_installed(package):
             raise UserError(
                 f"logging.{package} is {project!r}, but the package {package} is not installed; install it "
                 f"with: pip install {package}, or set logging.{package}=null"
             )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # kept from being imported
+        return False
 
 
 def open_trackers(folder: Path, nimg: int, logging: LoggingConfig) -> list[Tracker]:
