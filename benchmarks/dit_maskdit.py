@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from shoestring.config.schema import ModelConfig, OptimizerConfig, StageConfig, TokensConfig
+from shoestring.config import ModelConfig, OptimizerConfig, StageConfig, TokensConfig
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import FAMILIES

@@ -22,8 +22,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shoestring.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TokensConfig
-from shoestring.config.schema import CODEC_DOWNSAMPLING
+from shoestring.config import (
+    CODEC_DOWNSAMPLING,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    TokensConfig,
+)
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import build_network

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from shoestring.config.schema import ModelConfig
+    from shoestring.config import ModelConfig
 
 
 @dataclass(frozen=True)

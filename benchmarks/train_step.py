@@ -39,7 +39,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from reference_microdit import ReferenceConfig, ReferenceMicroDiT
-from shoestring.config.schema import ModelConfig, OptimizerConfig, StageConfig, TokensConfig
+from shoestring.config import ModelConfig, OptimizerConfig, StageConfig, TokensConfig
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.microdit import MicroDiT

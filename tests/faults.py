@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -43,6 +44,8 @@ logging: {log_nimg: 12, validate_nimg: 1200, sample_nimg: 1200, checkpoint_nimg:
 """  # noqa: E501
 MACHINE = {"matmul_flops_fp32_cpu": 1e10, "workers_cpu": 1}
 """What a run would measure at its start: a second saved, each time."""
+CHOSEN = re.compile("attention_|micro_batch_")
+"""What a run chooses by timing or by memory; the bits depend on it."""
 
 
 def write_recipe(folder: Path, nimg: int, save: int) -> Path:
@@ -51,9 +54,12 @@ def write_recipe(folder: Path, nimg: int, save: int) -> Path:
     return path
 
 
-def prepare(run: Path) -> Path:
+def prepare(run: Path, like: Path | None = None) -> Path:
+    """An empty run folder; the run will choose what another one has chosen."""
     run.mkdir(parents=True)
-    (run / "machine.json").write_text(json.dumps(MACHINE))
+    machine = {} if like is None else json.loads((like / "machine.json").read_text())
+    chosen = {key: value for key, value in machine.items() if CHOSEN.match(key)}
+    (run / "machine.json").write_text(json.dumps(MACHINE | chosen))
     return run
 
 

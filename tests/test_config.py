@@ -32,7 +32,7 @@ CONFIG = RunConfig(
     name="test",
     data=DataConfig(stores=(StoreConfig(path="a"),)),
     stages=(
-        StageConfig(name="pretrain", nimg=1000, lr=1e-3),
+        StageConfig(name="pretrain", nimg=1000, lr=1e-3, stores=(StoreConfig(path="b"),)),
         StageConfig(name="tune it", nimg=1000, lr=1e-5, mask_ratio=0.5),
     ),
 )

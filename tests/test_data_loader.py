@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoestring.config.schema import DataConfig
+from shoestring.config import DataConfig
 from shoestring.data.loader import prepare
 from shoestring.data.records import CaptionedImages
 from shoestring.encoders.image import PixelCodec

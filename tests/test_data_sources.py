@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoestring.config.schema import DataConfig
+from shoestring.config import DataConfig
 from shoestring.data.records import CaptionedImages, Rejection, share_of, split_by_caption
 from shoestring.data.sources import load
 from shoestring.runtime import UserError

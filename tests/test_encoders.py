@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoestring.config.schema import DataConfig
+from shoestring.config import DataConfig
 from shoestring.encoders.text import ClipText, HashingText, MiniLMText, T5Text, build_text_encoder
 from shoestring.interfaces import TextEncoder
 from shoestring.runtime import UserError

@@ -34,7 +34,7 @@ def answers(code: str, tmp_path: Path, **environment: str) -> Any:
 
 PRELUDE = """
 import json, time
-from shoestring.config.schema import DataConfig
+from shoestring.config import DataConfig
 from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.runtime import UserError

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoestring.config.schema import DataConfig
+from shoestring.config import DataConfig
 from shoestring.data import openmoji
 from shoestring.encoders.image import (
     AutoencoderDCCodec,

@@ -11,8 +11,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoestring import cli, recipes
-from shoestring.config import DecoderConfig, ExpertsConfig, MixerConfig, ModelConfig, RunConfig, TokensConfig
-from shoestring.config.schema import CODEC_DOWNSAMPLING
+from shoestring.config import (
+    CODEC_DOWNSAMPLING,
+    DecoderConfig,
+    ExpertsConfig,
+    MixerConfig,
+    ModelConfig,
+    RunConfig,
+    TokensConfig,
+)
 from shoestring.encoders.image import CODECS, PixelCodec
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import FAMILIES

@@ -19,14 +19,15 @@ from shoestring.config import (
     DataConfig,
     DecoderConfig,
     ExpertsConfig,
+    GuardConfig,
     MixerConfig,
     ModelConfig,
+    NoiseConfig,
     RunConfig,
     StageConfig,
     StoreConfig,
     TokensConfig,
 )
-from shoestring.config.schema import GuardConfig, NoiseConfig
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning

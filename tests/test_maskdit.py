@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoestring import recipes
-from shoestring.config.schema import (
+from shoestring.config import (
     DecoderConfig,
     ModelConfig,
     NoiseConfig,

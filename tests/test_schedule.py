@@ -61,7 +61,7 @@ def test_ema_starts_late_and_ramps_up_over_stages() -> None:
     assert ramp[9] == pytest.approx(0.5)  # half-life: a tenth of 100 images, one step
     assert ramp == sorted(ramp)
     assert decays(stage(nimg=100, ema_decay=None)) == [0.0] * 10
-    again = decays(stage(nimg=50), stage(nimg=50, ema_decay=None), stage(nimg=50))
+    again = decays(stage(nimg=50), stage(nimg=50, ema_decay=None, name="b"), stage(nimg=50, name="c"))
     assert again[:5] == again[10:]
     assert again[5:10] == [0.0] * 5
 

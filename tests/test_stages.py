@@ -42,6 +42,7 @@ QUIET = Console(quiet=True)
 BASE = """
 name: four
 seed: 3
+power_ema: [0.1]
 precision: fp32
 device: cpu
 model:
@@ -160,9 +161,9 @@ class Watched(Run):
 
 
 def files(folder: Path, nimg: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights and average of a checkpoint."""
+    """Weights and averages of a checkpoint."""
     checkpoint = folder / "checkpoints" / f"{nimg:09d}"
-    return {name: load_file(checkpoint / f"{name}.safetensors") for name in ("weights", "ema")}
+    return {name: load_file(checkpoint / f"{name}.safetensors") for name in ("weights", "ema", "power-0.1")}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -202,8 +203,8 @@ def test_everything_changes_where_a_stage_begins(whole: tuple[Path, dict[int, di
 
 def test_the_average_starts_where_a_stage_says(whole: tuple[Path, dict[int, dict[str, Any]]]) -> None:
     folder, _ = whole
-    averaged = {nimg: not equal(**dict(zip(("one", "other"), files(folder, nimg).values(), strict=True)))
-                for nimg in (16, 32, 40, 48, 56, END)}  # fmt: skip
+    there = {nimg: files(folder, nimg) for nimg in (16, 32, 40, 48, 56, END)}
+    averaged = {nimg: not equal(each["weights"], each["ema"]) for nimg, each in there.items()}
     assert averaged == {16: False, 32: False, 40: False, 48: True, 56: False, END: True}
 
 
@@ -409,6 +410,10 @@ def test_a_scale_that_does_not_fit_the_weights_is_a_sentence(
     wrong = config.model_copy(update={"process": process, "initial_weights": str(folder)})
     (tmp_path / "machine.json").write_text(json.dumps({"matmul_flops_fp32_cpu": 1e9}))
     assert "process.sigma_data is 0.4, but" in refusal(lambda: train(wrong, tmp_path, QUIET))
+    released, _ = released_pt(tmp_path, config)
+    unknown = config.model_copy(update={"initial_weights": str(released)})
+    sentence = refusal(lambda: train(unknown, tmp_path, QUIET))
+    assert "released.pt does not say what it was trained with; set it (released MicroDiT: 0.9" in sentence
 
 
 def test_wrong_first_stages_are_sentences(tmp_path: Path, mistake: Callable[..., str]) -> None:

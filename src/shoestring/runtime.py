@@ -29,6 +29,10 @@ class SaidElsewhere(UserError):
     """A mistake that another process of the run has reported already."""
 
 
+class OutOfMemory(RuntimeError):
+    """A rank has too little memory; with fewer images at once, already noted, the run has to start again."""
+
+
 class TrainingFailed(RuntimeError):
     """Training diverged; said in one sentence, the last good checkpoint is kept."""
 

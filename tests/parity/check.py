@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from shoestring.config.schema import DecoderConfig, NoiseConfig, SamplingConfig, TokensConfig
+from shoestring.config import DecoderConfig, NoiseConfig, SamplingConfig, TokensConfig
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import Coefficients, EDMProcess
 from shoestring.interfaces import Conditioning, Denoiser, NoiseLevel

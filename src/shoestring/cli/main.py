@@ -18,10 +18,19 @@ from shoestring.cli.planning import plan
 from shoestring.cli.profiling import profile
 from shoestring.cli.watching import compare, watch
 from shoestring.config import RunConfig, apply_overrides, to_yaml
-from shoestring.runtime import SaidElsewhere, TrainingFailed, UserError, keep_freed_memory, pick_device, say
+from shoestring.runtime import (
+    OutOfMemory,
+    SaidElsewhere,
+    TrainingFailed,
+    UserError,
+    keep_freed_memory,
+    pick_device,
+    say,
+)
 
 INTERRUPTED = 130
 FAILED = 3
+LOST = 1
 USER_MISTAKE = 2
 TABLE_WIDTH = 200
 
@@ -272,6 +281,9 @@ def main() -> None:
     except UserError as error:
         say(Console(stderr=True), f"shoestring: {error}")
         sys.exit(USER_MISTAKE)
+    except OutOfMemory as error:
+        say(Console(stderr=True), f"shoestring: {error}")
+        sys.exit(LOST)
     except TrainingFailed as error:  # of all ranks at once
         say(Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0"), f"shoestring: {error}")
         sys.exit(FAILED)

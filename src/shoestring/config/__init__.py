@@ -1,27 +1,33 @@
 """Settings of a run: the schema, and the way in and out of YAML, JSON and ``key=value``."""
 
+from shoestring.config.data import CODEC_DOWNSAMPLING, DataConfig, StoreConfig
 from shoestring.config.files import apply_overrides, from_json, load_yaml, parse_yaml, to_yaml
-from shoestring.config.schema import (
-    DataConfig,
+from shoestring.config.model import (
     DecoderConfig,
     ExpertsConfig,
-    GuardConfig,
-    LoggingConfig,
     MixerConfig,
     ModelConfig,
+    Ramp,
+    TokensConfig,
+)
+from shoestring.config.schema import (
+    LONGEST_AVERAGE,
+    SHORTEST_AVERAGE,
+    GuardConfig,
+    LoggingConfig,
     NoiseConfig,
     OptimizerConfig,
     ParallelConfig,
     ProcessConfig,
-    Ramp,
     RunConfig,
     SamplingConfig,
     StageConfig,
-    StoreConfig,
-    TokensConfig,
 )
 
 __all__ = [
+    "CODEC_DOWNSAMPLING",
+    "LONGEST_AVERAGE",
+    "SHORTEST_AVERAGE",
     "DataConfig",
     "DecoderConfig",
     "ExpertsConfig",

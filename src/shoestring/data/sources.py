@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from shoestring.config.schema import DataConfig
+from shoestring.config import DataConfig
 from shoestring.data import cifar10, openmoji, shapes
 from shoestring.data.records import CaptionedImages, Rejection, Splits, split_by_caption
 from shoestring.runtime import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shoestring.config.schema import TokensConfig
+from shoestring.config import TokensConfig
 from shoestring.diffusion.process import Process, visible_tokens
 from shoestring.interfaces import Conditioning, Denoised, Denoiser, NoiseLevel
 from shoestring.tensors import Bool, Float, Int

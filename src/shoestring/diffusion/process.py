@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoestring.config.schema import NoiseConfig, ProcessConfig, SamplingConfig
+from shoestring.config import NoiseConfig, ProcessConfig, SamplingConfig
 from shoestring.interfaces import Conditioning, Denoised, Network, NoiseLevel
 from shoestring.tensors import Bool, Float, Int, gather_tokens, patchify
 

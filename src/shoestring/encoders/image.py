@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shoestring.config.schema import DataConfig
+from shoestring.config import DataConfig
 from shoestring.encoders.autoencoders import (
     DIFFUSERS_CODECS,
     AutoencoderDCCodec,

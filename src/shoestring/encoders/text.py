@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoestring.config.schema import DataConfig
+from shoestring.config import DataConfig
 from shoestring.encoders.towers import ClipText, MiniLMText, T5Text
 from shoestring.encoders.weights import DTYPES, required
 from shoestring.interfaces import Identity, TextEncoder

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shoestring.config.schema import ModelConfig
+from shoestring.config import ModelConfig
 from shoestring.models.layers import (
     MLP,
     Activation,

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from shoestring.config.schema import ModelConfig
+from shoestring.config import ModelConfig
 from shoestring.models.layers import (
     AdaLN,
     CrossAttention,

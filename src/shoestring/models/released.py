@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from shoestring.config.schema import ModelConfig
+from shoestring.config import ModelConfig
 from shoestring.models.files import FAMILIES, load_weights
 from shoestring.models.layers import sincos_positions
 from shoestring.models.released_config import config_from_weights, tokens_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shoestring.config.schema import DecoderConfig, ExpertsConfig, MixerConfig, ModelConfig, TokensConfig
+from shoestring.config import DecoderConfig, ExpertsConfig, MixerConfig, ModelConfig, TokensConfig
 from shoestring.runtime import UserError
 
 MASKDIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}

@@ -10,7 +10,7 @@ import difflib
 import torch
 from torch import Tensor, nn
 
-from shoestring.config.schema import ModelConfig, TokensConfig
+from shoestring.config import ModelConfig, TokensConfig
 from shoestring.models.token_method import Layers, Result, TokenMethod, Visible
 from shoestring.runtime import UserError
 from shoestring.tensors import gather_tokens, replace_tokens

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from shoestring.config.schema import ModelConfig, TokensConfig
+from shoestring.config import ModelConfig, TokensConfig
 from shoestring.runtime import UserError
 from shoestring.tensors import Bool, Float, Int
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shoestring.config.schema import ModelConfig, TokensConfig
+from shoestring.config import ModelConfig, TokensConfig
 from shoestring.interfaces import Conditioning, NetworkOutput
 from shoestring.models.attention import Choices
 from shoestring.models.layers import (

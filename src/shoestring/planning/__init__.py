@@ -4,7 +4,7 @@ from shoestring.planning.cost import Machine, Measured, StageCost
 from shoestring.planning.flops import Flops, model_flops
 from shoestring.planning.machines import GPU, GPUS, gpu
 from shoestring.planning.measure import measured_peak_flops
-from shoestring.planning.memory import MemoryForecast, fitting_micro_batch, forecast_memory
+from shoestring.planning.memory import MemoryForecast, Sharding, fitting_micro_batch, forecast_memory
 from shoestring.planning.run import RunPlan, StagePlan, patch_grid, plan
 from shoestring.planning.table import plan_table
 from shoestring.planning.whole import Plan, whole_plan
@@ -18,6 +18,7 @@ __all__ = [
     "MemoryForecast",
     "Plan",
     "RunPlan",
+    "Sharding",
     "StageCost",
     "StagePlan",
     "fitting_micro_batch",

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from shoestring.config.schema import RunConfig
+from shoestring.config import RunConfig
 from shoestring.models.attention import AttentionKind
 from shoestring.models.layers import (
     MLP,

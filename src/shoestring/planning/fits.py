@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shoestring.config.schema import RunConfig, StageConfig
+from shoestring.config import RunConfig, StageConfig
 from shoestring.planning.machines import GPU, USABLE
 from shoestring.planning.memory import (
     NODE_RANKS,

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shoestring.config.schema import ModelConfig, TokensConfig
+from shoestring.config import ModelConfig, TokensConfig
 from shoestring.models.files import FAMILIES
 from shoestring.models.layers import attention_width, mlp_width, swiglu_width
 from shoestring.models.routing import build_method

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from shoestring.config.schema import CODEC_DOWNSAMPLING, RunConfig, StageConfig
+from shoestring.config import CODEC_DOWNSAMPLING, RunConfig, StageConfig
 from shoestring.models.layers import AdaLN, TransformerBlock
 from shoestring.models.moe import ExpertChoice
 from shoestring.models.transformer import DiffusionTransformer

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoestring import recipes
-from shoestring.config.schema import RunConfig
+from shoestring.config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from shoestring.config.schema import CODEC_DOWNSAMPLING, ModelConfig, RunConfig, StageConfig, TokensConfig
+from shoestring.config import CODEC_DOWNSAMPLING, ModelConfig, RunConfig, StageConfig, TokensConfig
 from shoestring.models.files import FAMILIES
 from shoestring.models.routing import method_class
 from shoestring.models.transformer import DiffusionTransformer, parameter_counts

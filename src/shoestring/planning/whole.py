@@ -9,7 +9,7 @@ from typing import Literal
 from rich.table import Table
 
 from shoestring import recipes
-from shoestring.config.schema import RunConfig
+from shoestring.config import RunConfig
 from shoestring.planning.cost import Machine, Measured, StageCost, explained, stage_costs
 from shoestring.planning.fits import Fit, stage_fit
 from shoestring.planning.published import PublishedRun, published_run

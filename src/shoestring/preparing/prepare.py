@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from shoestring.config import DataConfig, RunConfig
-from shoestring.config.schema import CODEC_DOWNSAMPLING
+from shoestring.config import CODEC_DOWNSAMPLING, DataConfig, RunConfig
 from shoestring.data.buckets import bucket_shapes
 from shoestring.data.caption import NAME, caption, check_captions
 from shoestring.data.compact import compact

@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shoestring.config import RunConfig, StageConfig
 from shoestring.config.explain import nearest
 from shoestring.config.files import apply_overrides, load_yaml
-from shoestring.config.schema import RunConfig, StageConfig
 from shoestring.recipes import demo, maskdit, microdit
 from shoestring.runtime import UserError
 

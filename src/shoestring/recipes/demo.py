@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoestring.config.schema import (
+from shoestring.config import (
     DataConfig,
     ExpertsConfig,
     LoggingConfig,

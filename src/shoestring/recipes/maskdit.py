@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from shoestring.config.schema import (
+from shoestring.config import (
     DataConfig,
     DecoderConfig,
     ExpertsConfig,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shoestring.config.schema import SamplingConfig
+from shoestring.config import SamplingConfig
 from shoestring.interfaces import Conditioning, Denoised, Denoiser, NoiseLevel
 from shoestring.runtime import UserError
 from shoestring.tensors import Bool, Float, Int, Pattern, visible_from_noise

@@ -154,7 +154,8 @@ def base_recipe(preset: Preset, data_path: str | None, nimg: int) -> RunConfig:
             keep_checkpoints=round(1 / MEASURED[0]) + 2,
             tensorboard=False,
         ),
-        guard=GuardConfig(max_skips=1, max_rollbacks=0),  # a cell that diverges is a result, not to be rescued
+        # A cell that diverges is a result, not to be rescued.
+        guard=GuardConfig(max_skips=1, max_rollbacks=0),
     )
 
 

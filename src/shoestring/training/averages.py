@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shoestring.config.schema import LONGEST_AVERAGE, SHORTEST_AVERAGE
+from shoestring.config import LONGEST_AVERAGE, SHORTEST_AVERAGE
 from shoestring.runtime import UserError
 from shoestring.training.parallel import local
 

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from shoestring.config.schema import DataConfig, StageConfig, TokensConfig
+from shoestring.config import DataConfig, StageConfig, TokensConfig
 from shoestring.runtime import UserError
 from shoestring.training.step import TrainingBatch
 

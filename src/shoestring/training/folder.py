@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import json
+import platform
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shoestring.config import RunConfig, load_yaml
-from shoestring.runtime import UserError, write_text
+import torch
+from rich.console import Console
+
+from shoestring import __version__
+from shoestring.config import RunConfig, load_yaml, to_yaml
+from shoestring.runtime import UserError, say, write_text
 from shoestring.training.schedule import position
 
+MACHINE = "machine.json"
+"""What was found out about the machine or chosen by it, and the versions."""
 FREE = ("device", "logging", "sampling", "parallel", "guard.stall_s")
 """Settings that may differ when a run goes on: they do not change what is learned."""
 PLACES = re.compile(r"initial_weights|data\.(path|cache|cache_gb)|(data|stages\.\d+)\.stores\.\d+\.path")
@@ -23,8 +31,8 @@ WITH_CONSENT = re.compile(
     r"precision|compile|guard\..*|data\.(caption_drop|text_encoder_dtype|codec_dtype)"
     r"|optimizer\.(?!kind|mup).*|stages\.\d+\.(?!batch|resolution|name|stores).*"
 )
-"""Settings that may be changed knowingly (``--allow-changes``): the checkpoint still fits, but from there on the
-run is another one. Of stages that are over nothing may change."""
+"""Settings that may be changed knowingly (``--allow-changes``): the checkpoint still fits, but from there on
+the run is another one. Of stages that are over nothing may change."""
 
 
 class Busy(UserError):
@@ -65,6 +73,29 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name))
 
 
+@contextmanager
+def claimed(folder: Path, config: RunConfig, console: Console, allow_changes: bool) -> Iterator[None]:
+    """Hold a run folder, with the run's settings and versions written into it.
+
+    Args:
+        folder: made if needed.
+        config: of the run.
+        console: where a person reads.
+        allow_changes: see :func:`check_same_run`.
+
+    Raises:
+        UserError: if the folder is of another run, in use or not writable.
+    """
+    with locked(folder):
+        for change in check_same_run(folder, config, allow_changes):
+            say(console, f"Changed: {change}")
+        write_text(folder / "config.yaml", to_yaml(config))
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        for name, version in ({"shoestring": __version__} | versions).items():
+            remember(folder / MACHINE, name, partial(str, version))
+        yield
+
+
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         items = value.items()
@@ -94,7 +125,8 @@ def check_same_run(folder: Path, config: RunConfig, allow_changes: bool = False)
     before = load_yaml(folder / "config.yaml")
     there, here = _flat(before.model_dump()), _flat(config.model_dump())
     over = _finished_stages(folder, before)
-    accepted, refused = [], []
+    accepted: list[str] = []
+    refused: list[str] = []
     for key in sorted(there.keys() | here.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in FREE)
         if there.get(key) == here.get(key) or free or PLACES.fullmatch(key):
@@ -107,8 +139,8 @@ def check_same_run(folder: Path, config: RunConfig, allow_changes: bool = False)
         (accepted if possible else refused).append(change)
     if refused:
         raise UserError(
-            f"{folder} holds a run with other settings: {_listed(refused)}; these cannot change in the middle, "
-            "choose another folder with --out, or delete that one"
+            f"{folder} holds a run with other settings: {_listed(refused)}; these cannot change in the "
+            "middle, choose another folder with --out, or delete that one"
         )
     if accepted and not allow_changes:
         raise UserError(
@@ -130,13 +162,14 @@ def _finished_stages(folder: Path, config: RunConfig) -> int:
     return len(config.stages) if here is None else here.index
 
 
-def remember(path: Path, key: str, compute: Callable[[], Any]) -> Any:
+def remember(path: Path, key: str, compute: Callable[[], Any], anew: bool = False) -> Any:
     """A value that is computed once for a run folder and read back afterwards.
 
     Args:
         path: JSON file of all such values.
         key: name of the value.
         compute: gives it if it is not there; the result must be JSON.
+        anew: compute it although it is there.
 
     Returns:
         The value.
@@ -147,7 +180,7 @@ def remember(path: Path, key: str, compute: Callable[[], Any]) -> Any:
             values = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is damaged ({error}); delete it and start again") from error
-    if key not in values:
+    if anew or key not in values:
         values[key] = compute()
         write_text(path, json.dumps(values, indent=1) + "\n")
     return values[key]

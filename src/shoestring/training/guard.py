@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from shoestring.config.schema import GuardConfig, StageConfig
+from shoestring.config import GuardConfig, StageConfig
 from shoestring.training.schedule import Position
 
 NARROWEST = 0.05
@@ -339,7 +339,7 @@ class Guard:
                 "anew, then train in another folder (--out)"
             )
         assert self._here is not None
-        stage, tried = f"stages.{self._here.index}", self.state.rollbacks
+        stage, tried = f"stages.{self._here.stage.name}", self.state.rollbacks
         limits = "a longer warmup_nimg" if self._stage.clip_norm is not None else "clip_norm=1"
         return (
             f"training stopped: {self._seen}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,29 +11,27 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from shoestring import __version__
-from shoestring.config import RunConfig, to_yaml
+from shoestring.config import RunConfig
 from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import ImageCodec, TextEncoder
-from shoestring.planning import Flops, model_flops
-from shoestring.runtime import TrainingFailed, say, write_text
+from shoestring.runtime import OutOfMemory, TrainingFailed, say, write_text
 from shoestring.training import beside
 from shoestring.training.checkpoint import Checkpoints, Counters, Trained
 from shoestring.training.checks import DataWatch, dead_parameters, dead_sentence, gradient_sums
 from shoestring.training.display import LiveLine, Rate, RunLog, status_line
-from shoestring.training.folder import check_same_run, checkpoint_folders, locked, remember
+from shoestring.training.folder import checkpoint_folders, claimed
 from shoestring.training.guard import Guard, Verdict
 from shoestring.training.launch import follow_launcher
-from shoestring.training.mark import Damaged, aside
+from shoestring.training.mark import Damaged, aside, discard
 from shoestring.training.parallel import Parallel, check_batches, local
 from shoestring.training.saving import Saver, UnlessFull, due
 from shoestring.training.schedule import Position, learning_rate, position
-from shoestring.training.setup import MACHINE, Setup, forget
+from shoestring.training.setup import Setup, forget
 from shoestring.training.signals import Signals, hold_saves
 from shoestring.training.stage_data import check_settings
 from shoestring.training.starting import scale_of_latents
-from shoestring.training.step import StepResult, train_step
+from shoestring.training.step import StepResult, TrainingBatch, train_step
 from shoestring.training.stores import check_classes, check_stages
 from shoestring.training.trackers import check_trackers
 
@@ -181,10 +178,10 @@ class Run:
         share = (self.guard.data_shift, parallel.rank, parallel.ranks)
         with self.watch:
             batch = self.data.batch(stage, here.start_nimg, self.counters.nimg, *share)
-        result = train_step(self.learner, batch, self._micro_batches[here.index], lr, ratio, here)
+        result = self._fitting_step(batch, lr, ratio, here)
         self.counters.nimg += stage.batch
         self.counters.step += 1
-        self.counters.training_flops += stage.batch * self._flops(ratio).training
+        self.counters.training_flops += stage.batch * self.data.flops(ratio)
         self._unread.append((here, result))
         logged = self._crossed(self.config.logging.log_nimg, stage.batch) or self._last(here)
         if not (logged or parallel.device.type == "cpu"):  # a device is not waited for
@@ -200,6 +197,29 @@ class Run:
             self._rate.reset()
             self._skipped, self.watch.waited_s = 0, 0.0
         return self._heed(verdict)
+
+    def _fitting_step(self, batch: TrainingBatch, lr: float, ratio: float, here: Position) -> StepResult:
+        """A step, with fewer images at once if they do not fit; nothing has changed when memory runs out.
+
+        Raises:
+            OutOfMemory: where other ranks wait for this one, so that all have to start again.
+        """
+        while True:
+            micro_batch = self._micro_batches[here.index]
+            try:
+                return train_step(self.learner, batch, micro_batch, lr, ratio, here)
+            except torch.OutOfMemoryError as error:
+                self.learner.optimizers.zero_grad()
+                smaller = self.setup.smaller_micro_batch(here.stage, micro_batch)
+                text = f"out of memory with {micro_batch} images at once; going on with {smaller}"
+                if self.parallel.ranks > 1:
+                    raise OutOfMemory(f"rank {self.parallel.rank} is {text}") from error
+            # Not while the error is handled: it holds on to what the failed step has allocated.
+            self._event("out-of-memory", text)
+            if self.parallel.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._micro_batches[here.index] = smaller
+            self.setup.fit_to_stage(self.learner, here.stage, self.data, smaller)
 
     # -- the guard -----------------------------------------------------------------------------------------
 
@@ -249,10 +269,7 @@ class Run:
                 report = self.guard.report(None if good is None else str(good))
                 write_text(self.folder / "report-divergence.txt", report)
             raise TrainingFailed(self.guard.last_words(None if good is None else str(good)))
-        if self.parallel.first:
-            for nimg, folder in by_nimg.items():
-                if place is None or nimg > place:
-                    folder.rename(folder.with_name(f"{folder.name}.diverged-{self.guard.data_shift}"))
+        self.parallel.from_first(lambda: discard([by_nimg[n] for n in sorted(by_nimg) if n > (place or -1)]))
         guard = self.guard
         if good is None:
             self.setup.begin_anew(self.learner)
@@ -287,15 +304,6 @@ class Run:
         say(self.console, text)
         self._write("event", {"nimg": self.counters.nimg, "what": what, "text": text})
 
-    def _flops(self, ratio: float) -> Flops:
-        """FLOPs of an image of the present stage."""
-        shape, model = self.data.latent_shape, self.config.model
-        grid = (shape[1] // model.patch_size, shape[2] // model.patch_size)
-        captions = self.config.data.max_tokens
-        if model.mask_captions:
-            captions = self.data.train.longest_caption or captions
-        return model_flops(model, grid, captions, ratio, self.config.tokens)
-
     def _row(self, here: Position, lr: float, ratio: float) -> dict[str, Any]:
         rate, device = self._rate.images_per_s, self.parallel.device
         self.counters.elapsed_s = self._rate.elapsed_s
@@ -308,7 +316,7 @@ class Run:
             "mask_ratio": ratio,
             "grad_norm": self._norm,
             "images_per_s": rate,
-            "peak_share": self._flops(ratio).training * rate / self.peak_flops,
+            "peak_share": self.data.flops(ratio) * rate / self.peak_flops,
             "elapsed_s": self.counters.elapsed_s,
             "cost_usd": self.counters.elapsed_s / 3600 * self.config.logging.usd_per_hour,
             "training_flops": self.counters.training_flops,
@@ -397,13 +405,7 @@ def train(config: RunConfig, folder: Path, console: Console, allow_changes: bool
         stack.callback(parallel.close)
 
         def prepare() -> None:
-            for change in check_same_run(folder, config, allow_changes):
-                say(console, f"Changed: {change}")
-            stack.enter_context(locked(folder))
-            write_text(folder / "config.yaml", to_yaml(config))
-            versions = {"torch": torch.__version__, "python": platform.python_version()}
-            for name, version in ({"shoestring": __version__} | versions).items():
-                remember(folder / MACHINE, name, partial(str, version))
+            stack.enter_context(claimed(folder, config, console, allow_changes))
 
         parallel.from_first(prepare)
         return Run(config, folder, console, parallel).train()

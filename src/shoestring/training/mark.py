@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,17 @@ def _other_version(folder: Path, version: int, writer: str | None) -> UserError:
         f"{__version__}, which reads format {FORMAT}: go on with that version, or train anew in another "
         "folder (--out)"
     )
+
+
+def discard(folders: Sequence[Path]) -> None:
+    """Put the newest of some checkpoints of a diverged run aside, to be looked at, and delete the others.
+
+    Args:
+        folders: oldest first.
+    """
+    for folder in folders:
+        last = folder.with_name(f"{folder.name}.diverged")
+        shutil.rmtree(last, ignore_errors=True)
+        folder.rename(last)
+        if folder != folders[-1]:
+            shutil.rmtree(last, ignore_errors=True)

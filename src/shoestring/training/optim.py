@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from shoestring.config.schema import OptimizerConfig
+from shoestring.config import OptimizerConfig
 from shoestring.models.layers import AdaLN, ClassEmbedding, CrossAttention, SelfAttention, TransformerBlock
 from shoestring.models.moe import ExpertChoice
 from shoestring.models.transformer import DiffusionTransformer

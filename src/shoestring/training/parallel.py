@@ -26,10 +26,13 @@ from shoestring.config import ParallelConfig, RunConfig
 from shoestring.interfaces import Conditioning, Network, NetworkOutput
 from shoestring.models.moe import ExpertChoice
 from shoestring.models.transformer import DiffusionTransformer
+from shoestring.planning import Sharding
 from shoestring.runtime import SaidElsewhere, UserError, pick_device
 
 # All of them are used: it is asked for to keep the buckets as they are.
 warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+# Nothing is changed in place there.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 Value = TypeVar("Value")
 
@@ -57,7 +60,7 @@ class Parallel:
         self._mesh: DeviceMesh | None = None
         self._ddp: DistributedDataParallel | None = None
         self._sharded: FSDPModule | None = None
-        self.sharding = "single"
+        self.sharding: Sharding = "single"
         if self.ranks == 1:
             return
         self.sharding = "ddp" if config.sharding == "auto" else config.sharding
@@ -105,7 +108,7 @@ class Parallel:
             precision: of the products; weights travel in it, gradients in float32.
 
         Returns:
-            What a training step calls. Evaluation calls ``network`` itself.
+            What a training step calls; see :meth:`alone` for evaluation.
         """
         if self.ranks == 1:
             return network
@@ -119,11 +122,18 @@ class Parallel:
                 # than two ranks add up: a resumed run would differ from an undisturbed one in the last bits.
                 find_unused_parameters=not cuda,
             )
-            return _Replica(network, self._ddp)
+            return _Spread(network, self._ddp)
         for tensor in [*network.parameters(), *network.buffers()]:
             dist.broadcast(tensor.detach(), 0)
         self._shard(network, precision)
         return network
+
+    def alone(self, network: DiffusionTransformer) -> Network:
+        """What evaluation calls, after :meth:`spread`: the network itself.
+
+        Where its weights are shared out, all ranks must call it equally often.
+        """
+        return network if self._sharded is None else _Spread(network, network)
 
     def _shard(self, network: DiffusionTransformer, precision: torch.dtype) -> None:
         self._mesh = mesh = self._device_mesh()
@@ -143,7 +153,11 @@ class Parallel:
                 if isinstance(module, ExpertChoice) and low is not None:  # the router stays in float32
                     fully_shard(module.gate, mesh=mesh, mp_policy=full, shard_placement_fn=placement)
             fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
-        fully_shard(network, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+        # By default the outermost parameters stay whole after a forward pass until the next backward one;
+        # what runs beside the steps has none, and averages are written into the parts.
+        fully_shard(
+            network, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=True
+        )
         assert isinstance(network, FSDPModule)
         self._sharded = network
 
@@ -258,17 +272,20 @@ class Parallel:
             dist.barrier(group=self.control)
 
 
-class _Replica:
-    """A network whose gradients are averaged over the ranks by DDP; all else is the network's own."""
+class _Spread:
+    """A network that is called in another way; all else is the network's own.
 
-    def __init__(self, network: DiffusionTransformer, ddp: DistributedDataParallel) -> None:
-        self.network, self.ddp = network, ddp
+    Nothing is computed ahead: outside of a forward pass the weights may be in parts.
+    """
+
+    def __init__(self, network: DiffusionTransformer, call: nn.Module) -> None:
+        self.call = call
         self.patch_size, self.in_channels = network.patch_size, network.in_channels
         self.predicts_all = network.predicts_all
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """See :class:`shoestring.interfaces.Network`."""
-        return self.network.prepare(conditioning)
+        """The condition as it is."""
+        return conditioning
 
     def __call__(
         self,
@@ -279,7 +296,7 @@ class _Replica:
         path_dropped_B: Tensor | None = None,
     ) -> NetworkOutput:
         """See :class:`shoestring.interfaces.Network`."""
-        output: NetworkOutput = self.ddp(x, time_B, conditioning, visible_BK, path_dropped_B)
+        output: NetworkOutput = self.call(x, time_B, conditioning, visible_BK, path_dropped_B)
         return output
 
 

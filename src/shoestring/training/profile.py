@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from shoestring.config import RunConfig, StageConfig
-from shoestring.config.schema import CODEC_DOWNSAMPLING
+from shoestring.config import CODEC_DOWNSAMPLING, RunConfig, StageConfig
 from shoestring.diffusion.process import build_process
 from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder

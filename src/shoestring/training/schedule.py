@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from shoestring.config.schema import RunConfig, StageConfig
+from shoestring.config import RunConfig, StageConfig
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from shoestring.diffusion.process import build_process
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.models.files import build_network
 from shoestring.planning import fitting_micro_batch, measured_peak_flops
-from shoestring.runtime import PRECISIONS, Workers, default_workers, say, stream
+from shoestring.runtime import PRECISIONS, UserError, Workers, default_workers, say, stream
 from shoestring.training.compiling import compile_blocks
-from shoestring.training.folder import remember
+from shoestring.training.folder import MACHINE, remember
 from shoestring.training.optim import Optimizers
 from shoestring.training.parallel import Parallel
 from shoestring.training.stage_data import StageData, load_stage
@@ -25,7 +26,6 @@ from shoestring.training.step import Learner, part_sizes
 from shoestring.training.step_shapes import stage_shapes
 from shoestring.training.timed_attention import attention_sentence, choose_attention
 
-MACHINE = "machine.json"
 SPARE = 0.9
 """Share of the free memory that a forecast may fill."""
 
@@ -143,10 +143,10 @@ class Setup:
             UserError: if not even one image fits.
         """
         share = stage.batch // self.parallel.ranks
-        if stage.micro_batch is not None:
-            return min(stage.micro_batch, share)
 
         def fitting() -> int:
+            if stage.micro_batch is not None:
+                return min(stage.micro_batch, share)
             return fitting_micro_batch(
                 self.config,
                 stage,
@@ -158,11 +158,37 @@ class Setup:
                 workers=workers,
             )
 
-        key = f"micro_batch_{stage.name}_{self.parallel.device.type}_{self.parallel.ranks}"
-        chosen: int = self.remembered(key, fitting)
-        if chosen < share:
+        chosen: int = self.remembered(self._micro_batch_key(stage), fitting)
+        if stage.micro_batch is None and chosen < share:
             say(self.console, f"stage {stage.name!r}: {chosen} of {share} images at once fit into memory")
         return chosen
+
+    def smaller_micro_batch(self, stage: StageConfig, micro_batch: int) -> int:
+        """Half as many images at once, noted for this run folder.
+
+        Args:
+            stage: the stage.
+            micro_batch: too many.
+
+        Returns:
+            The number.
+
+        Raises:
+            UserError: if there was one only.
+        """
+        if micro_batch == 1:
+            raise UserError(
+                f"stage {stage.name!r}: not even one image fits into the memory of a rank; set "
+                "model.checkpoint_activations=true, or parallel.sharding=fsdp on several GPUs, or take a "
+                "smaller model"
+            )
+        smaller = micro_batch // 2
+        remember(self.folder / MACHINE, self._micro_batch_key(stage), lambda: smaller, anew=True)
+        return smaller
+
+    def _micro_batch_key(self, stage: StageConfig) -> str:
+        asked = "" if stage.micro_batch is None else f"_of_{stage.micro_batch}"
+        return f"micro_batch_{stage.name}_{self.parallel.device.type}_{self.parallel.ranks}{asked}"
 
 
 def free_memory(parallel: Parallel) -> float:
@@ -173,9 +199,9 @@ def free_memory(parallel: Parallel) -> float:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return float("inf")  # not Linux: not known
+        return float(sys.maxsize)  # not Linux: not known
     available = next((line for line in lines if line.startswith("MemAvailable")), None)
-    return float("inf") if available is None else float(available.split()[1]) * 1024 / parallel.ranks
+    return float(sys.maxsize) if available is None else float(available.split()[1]) * 1024 / parallel.ranks
 
 
 @torch.no_grad()

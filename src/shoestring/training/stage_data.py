@@ -16,7 +16,7 @@ from shoestring.data.loader import Batch, TrainingData, prepare
 from shoestring.data.sources import Splits, load
 from shoestring.interfaces import Conditioning, ImageCodec, TextEncoder
 from shoestring.models.routing import build_method, method_class
-from shoestring.planning import patch_grid
+from shoestring.planning import model_flops, patch_grid
 from shoestring.runtime import UserError, say
 from shoestring.sampling.guidance import check_guidance
 from shoestring.training.checks import non_finite_records, source_of
@@ -118,6 +118,15 @@ class StageData:
         return non_finite_records(
             batch, lambda row: self.train.name(first_nimg, place, stage.batch, first + row)
         )
+
+    def flops(self, mask_ratio: float) -> float:
+        """Training FLOPs of an image at a mask ratio, captions as long as the longest."""
+        shape, model = self.latent_shape, self.config.model
+        grid = (shape[1] // model.patch_size, shape[2] // model.patch_size)
+        captions = self.config.data.max_tokens
+        if model.mask_captions:
+            captions = self.train.longest_caption or captions
+        return model_flops(model, grid, captions, mask_ratio, self.config.tokens).training
 
     def close(self) -> None:
         """Stop whatever works ahead."""

@@ -76,7 +76,7 @@ def scale_of_latents(config: RunConfig, folder: Path, measure: Callable[[], floa
         ``process.sigma_data`` where it is set, else that of the initial weights, else the measured one.
 
     Raises:
-        UserError: if the initial weights were trained with another one than is set.
+        UserError: if the initial weights were trained with another one than is set, or nobody knows.
     """
     for checkpoint in reversed(checkpoint_folders(folder)):
         try:
@@ -93,6 +93,11 @@ def scale_of_latents(config: RunConfig, folder: Path, measure: Callable[[], floa
                     f"process.sigma_data is {given:g}, but {path} was trained with {known:.4g}; set it to "
                     "null to go on with that"
                 )
+        elif given is None and config.process.kind == "edm":
+            raise UserError(
+                f"process.sigma_data is null, but {path} does not say what it was trained with; set it "
+                "(released MicroDiT: 0.9, MaskDiT: 0.5)"
+            )
     return given or known or measure()
 
 

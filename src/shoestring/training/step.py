@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from shoestring.config.schema import (
+from shoestring.config import (
     NoiseConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -189,7 +189,7 @@ class Learner:
             network,
             tokens,
             process,
-            process.denoiser(network, precision),
+            process.denoiser(parallel.alone(network), precision),
             process.denoiser(spread, precision),
             Optimizers(network, optimizer, workers),
             Averages(network, power_ema),
