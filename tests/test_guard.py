@@ -250,7 +250,13 @@ def test_after_each_roll_back_the_rate_falls_until_the_run_stops() -> None:
             assert state.rollbacks == number + 1
             assert state.trouble is None
     words = guard.last_words("runs/r/checkpoints/000004000")
-    for part in ("the loss has been 40 for ", "stage 'first'", "000004000", "3 roll-backs", "stages.0.lr"):
+    for part in (
+        "the loss has been 40 for ",
+        "stage 'first'",
+        "000004000",
+        "3 roll-backs",
+        "stages.first.lr",
+    ):
         assert part in words
     assert "\n" not in words
     report = guard.report("runs/r/checkpoints/000004000")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,21 +26,22 @@ def recipe(tmp_path_factory) -> Path:
     return faults.write_recipe(tmp_path_factory.mktemp("recipe"), NIMG - 48, 60)
 
 
-@pytest.fixture(scope="module", params=["fsdp", "ddp"])
-def calm(request, recipe, tmp_path_factory):
-    """A run on two ranks that nothing happens to, and its settings."""
-    change = f"parallel.sharding={request.param}"
-    folder = faults.prepare(tmp_path_factory.mktemp("runs") / request.param)
-    with faults.Launched(recipe, folder, change) as launched:
+SHARDED = "parallel.sharding=fsdp"  # copies: test_faults.py
+
+
+@pytest.fixture(scope="module")
+def calm(recipe, tmp_path_factory) -> Path:
+    """A run on two ranks that nothing happens to."""
+    folder = faults.prepare(tmp_path_factory.mktemp("runs") / "calm")
+    with faults.Launched(recipe, folder, SHARDED) as launched:
         assert launched.ended(300) == 0, launched.words()
-    return folder, change
+    return folder
 
 
 def test_a_disturbed_run_ends_like_a_calm_one(calm, recipe, tmp_path, mistake):
     """Asked to save, a rank killed, the launcher killed, stopped: the same command, and the same weights."""
-    whole, change = calm
-    run = faults.prepare(tmp_path / "run", whole)
-    with faults.Launched(recipe, run, change) as launched:
+    run = faults.prepare(tmp_path / "run", calm)
+    with faults.Launched(recipe, run, SHARDED) as launched:
         assert launched.reaches(24)
         launched.kill(launched.process.pid, signal.SIGUSR1)
         # A checkpoint whose turn it is not.
@@ -61,7 +63,7 @@ def test_a_disturbed_run_ends_like_a_calm_one(calm, recipe, tmp_path, mistake):
     assert "rank 1 was killed (SIGKILL); starting again from the last checkpoint" in launched.words()
     stopped = int(faults.newest(run).name)
     assert stopped > done
-    with faults.Launched(recipe, run, change) as launched:
+    with faults.Launched(recipe, run, SHARDED) as launched:
         assert faults.until(lambda: launched.words().count(f"Going on from image {stopped}") == 1)
         assert launched.reaches(stopped + 12)
         began = time.monotonic()
@@ -72,29 +74,25 @@ def test_a_disturbed_run_ends_like_a_calm_one(calm, recipe, tmp_path, mistake):
         assert time.monotonic() - began < 30
     assert int(faults.newest(run).name) > stopped
     assert "the same command goes on from there" in launched.words()
-    assert "Traceback" not in launched.words()
-    with faults.Launched(recipe, run, change) as launched:
+    # The neighbour of a killed rank may have had time to say that it is gone; otherwise nothing is thrown.
+    assert "Traceback" not in launched.words().partition("Going on from image")[2]
+    with faults.Launched(recipe, run, SHARDED) as launched:
         assert launched.ended(300) == 0, launched.words()
-    assert faults.result(run) == faults.result(whole)
+    assert faults.result(run) == faults.result(calm)
 
 
 def test_torchrun_goes_on_with_a_run_of_the_launcher(calm, recipe, tmp_path):
     """The last part of a run under torchrun: its environment is all that the ranks need."""
-    import shutil
-
-    whole, change = calm
-    if change.endswith("ddp"):
-        pytest.skip("once is enough")
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(calm, run)
     shutil.rmtree(faults.newest(run))
-    words = faults.command(recipe, run, change)[1:]
+    words = faults.command(recipe, run, SHARDED)[1:]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [sys.executable, *launcher, *words]
     done = subprocess.run(words, env=faults.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Going on from image 300" in done.stdout
-    assert faults.result(run) == faults.result(whole)
+    assert faults.result(run) == faults.result(calm)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------

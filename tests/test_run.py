@@ -348,7 +348,7 @@ def test_a_run_that_diverges_is_rolled_back_and_then_stopped_with_a_report(workp
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("shoestring: training stopped: ")
-    assert "lower stages.0.lr" in lines[0]
+    assert "lower stages.masked.lr" in lines[0]
     assert "report-divergence.txt" in lines[0]
     report = (workplace / "nan" / "report-divergence.txt").read_text()
     assert report.startswith(lines[0].removeprefix("shoestring: "))

@@ -30,7 +30,8 @@ def ema(
     for each in made:
         doubt = "" if each.fits else " (a poor fit: take more snapshots, or a length nearer to theirs)"
         say(console, f"{each.path}: {each.residual:.2%} of its power function is not met{doubt}")
-    say(console, f'Draw with: shoestring sample {made[0].path} --prompt "..."')
+    best = min(made, key=lambda each: each.residual)
+    say(console, f'Draw with: shoestring sample {best.path} --prompt "..."')
 
 
 def _lengths(text: str) -> list[float]:

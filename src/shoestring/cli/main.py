@@ -40,7 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",  # "rich" would take [default: ...] for a colour and leave it out
 )
 recipes_app = typer.Typer(help="List recipes; with show NAME, print one whole.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
@@ -98,6 +98,7 @@ def train(
     folder = _folder(config, out)
     if nproc is not None and nproc > 1:
         check_ranks(config, nproc)
+        pick_device(config.device)  # said once, not by every rank
         code = Launcher(without_nproc(sys.argv[1:]), nproc, folder, console).run()
         if code:
             raise typer.Exit(code)

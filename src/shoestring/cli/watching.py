@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from shoestring.cli.options import Device, refuse
+from shoestring.cli.options import refuse
 from shoestring.runtime import pick_device, say
 
 console = Console()
@@ -32,7 +32,7 @@ def compare(
         list[str] | None,
         typer.Option("--prompt", "-p", help="what to draw; may be repeated [default: as in the first run]"),
     ] = None,
-    device: Device = "auto",
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps [default: auto]")] = None,
 ) -> None:
     """Compare runs on one HTML page: curves over images, FLOPs, hours and dollars, samples, settings."""
     from shoestring.studies.compare import read_runs
@@ -40,9 +40,9 @@ def compare(
     from shoestring.studies.compare_samples import draw_samples
 
     if not samples:
-        refuse({"--prompt": prompt}, "which draws nothing", "--no-samples")
+        refuse({"--prompt": prompt, "--device": device}, "which draws nothing", "--no-samples")
     check_page(out)
     compared = read_runs(runs)
-    drawn = draw_samples(compared, prompt or [], pick_device(device), console) if samples else []
+    drawn = draw_samples(compared, prompt or [], pick_device(device or "auto"), console) if samples else []
     write_page(out, compared, drawn)
     say(console, f"Compared in {out}: {', '.join(run.label for run in compared)}")

@@ -18,6 +18,8 @@ from shoestring.training.step import Learner, TrainingBatch, batch_loss
 
 GRID_PICTURES = 16
 LOAD_SAMPLES = 16
+AT_ONCE = 64
+"""Pictures of the validation loss."""
 
 
 def validate(learner: Learner, data: StageData, count: int) -> dict[str, Any]:
@@ -37,14 +39,33 @@ def validate(learner: Learner, data: StageData, count: int) -> dict[str, Any]:
     first, last = rank * len(x0) // ranks, (rank + 1) * len(x0) // ranks
     counted = last > first
     part = slice(first, last) if counted else slice(0, 1)
+    at_once = _equal_pieces(len(x0), ranks)
     with learner.averages.applied():
         losses = validation_loss(
-            learner.process, learner.denoiser, x0[part], conditioning.part(part), first=part.start
+            learner.process, learner.denoiser, x0[part], conditioning.part(part), at_once, part.start
         )
     weight = (last - first) if counted else 0
     sums = learner.parallel.total([loss * weight for loss in losses.values()])
     means = {f"{level:g}": total / len(x0) for level, total in zip(losses, sums, strict=True)}
     return {"held_out": held_out, "loss": sum(means.values()) / len(means), "loss_per_level": means}
+
+
+def _equal_pieces(count: int, ranks: int) -> int:
+    """How many pictures to look at together, so that all ranks run the network equally often.
+
+    Shares differ by one picture at most; it must not be a piece of its own.
+
+    Args:
+        count: pictures of all ranks.
+        ranks: how many share them.
+
+    Returns:
+        At most ``AT_ONCE``.
+    """
+    fewest = count // ranks
+    if not fewest or count % ranks == 0:
+        return AT_ONCE
+    return next(size for size in range(AT_ONCE, 0, -1) if fewest % size)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@
   them: every rank its part, readable by any number of ranks;
 * ``weights.safetensors``, ``ema.safetensors``, ``power-0.05.safetensors``: model files that
   ``shoestring sample`` reads;
-* ``complete.json``, written last: counters, versions, size and digest of every file, and its own digest.
+* ``complete.json``, written last: counters, versions, size and checksum of every file, and its own digest.
 
 It is written under a temporary name and renamed when complete: killed at any moment, the one before is
 whole. The tensors are copied when a save begins; writing goes on beside the next steps.
@@ -103,6 +103,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
         self._trusted_nimg: int | None = None
+        # Noted now: the thread that writes would see the copies in low precision that a step computes with.
+        self._weights = {name: (p.shape, p.dtype) for name, p in trained.network.named_parameters()}
         self._group: dict[str, Any] = {"no_dist": True}
         if parallel.ranks > 1:
             self._group = {"process_group": parallel.files}
@@ -191,8 +193,8 @@ class Checkpoints:
 
     def _model_file(self, path: Path, prefix: str, facts: ModelFacts) -> None:
         """A model file of what has just been written: read back from there, so that this too is tried."""
-        own = self.trained.network.named_parameters()
-        tensors = {f"{prefix}{name}": torch.empty(p.shape, dtype=p.dtype) for name, p in own}
+        own = self._weights.items()
+        tensors = {f"{prefix}{name}": torch.empty(shape, dtype=dtype) for name, (shape, dtype) in own}
         if prefix != "weights.":
             tensors = {name: tensor.float() for name, tensor in tensors.items()}
         load(tensors, storage_reader=FileSystemReader(path.parent / STATE), no_dist=True)
@@ -252,28 +254,36 @@ class Checkpoints:
             raise mark
         self._check_files(folder, mark)
         tensors = self.trained.tensors()
-        damaged: str | None = None
-        foreign: str | None = None
-        try:
-            # Its metadata is pickled: checkpoints are opened in one's own run folders only, and published
-            # weights are safetensors.
-            reader = FileSystemReader(folder / STATE)
-            found = reader.read_metadata().state_dict_metadata.items()
-            stored = {name: meta.size for name, meta in found if isinstance(meta, TensorStorageMetadata)}
-            foreign = _difference({name: tensor.shape for name, tensor in tensors.items()}, stored)
-            if foreign is None:
-                load(tensors, storage_reader=reader, **self._group)
-        except (Exception, CheckpointException) as error:  # half a dozen types mean a damaged file
-            damaged = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if self.parallel.largest(int(damaged is not None)):
-            raise Damaged(f"checkpoint {folder} is damaged ({damaged or 'another rank could not read it'})")
+        # Its metadata is pickled: checkpoints are opened in one's own run folders only, and published weights
+        # are safetensors.
+        reader = FileSystemReader(folder / STATE)
+        stored: dict[str, Any] = {}
+
+        def look() -> None:
+            for name, meta in reader.read_metadata().state_dict_metadata.items():
+                if isinstance(meta, TensorStorageMetadata):
+                    stored[name] = meta.size
+
+        self._all_can(look, folder)
+        foreign = _difference({name: tensor.shape for name, tensor in tensors.items()}, stored)
         if foreign is not None:  # on all ranks
             raise self.parallel.mistake(
                 f"checkpoint {folder} is of another model ({foreign}); choose another folder with --out"
             )
+        self._all_can(lambda: load(tensors, storage_reader=reader, **self._group), folder)
         counters = dict(mark["counters"])
         counters["guard"] = GuardState(**counters["guard"])
         return Counters(**counters), mark["facts"]
+
+    def _all_can(self, read: Callable[[], None], folder: Path) -> None:
+        """Read something; where a rank cannot, none goes on to what they do together."""
+        damaged: str | None = None
+        try:
+            read()
+        except (Exception, CheckpointException) as error:  # half a dozen types mean a damaged file
+            damaged = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if self.parallel.largest(int(damaged is not None)):
+            raise Damaged(f"checkpoint {folder} is damaged ({damaged or 'another rank could not read it'})")
 
     def _check_files(self, folder: Path, mark: dict[str, Any]) -> None:
         """Sizes and digests, the files shared among the ranks."""

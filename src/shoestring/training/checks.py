@@ -243,12 +243,15 @@ def _digest(tensor: Tensor) -> Tensor:
     return total
 
 
-def rank_divergence(names: Sequence[str], of_ranks: Sequence[Sequence[int]]) -> str | None:
+def rank_divergence(
+    names: Sequence[str], of_ranks: Sequence[Sequence[int]], ranks: Sequence[int] | None = None
+) -> str | None:
     """Compare the digests of copies that should be equal.
 
     Args:
         names: of the tensors.
         of_ranks: their digests, a sequence for each rank.
+        ranks: which ranks these are; ``None`` = all, in order.
 
     Returns:
         A sentence that names what differs and where, or ``None``.
@@ -260,7 +263,8 @@ def rank_divergence(names: Sequence[str], of_ranks: Sequence[Sequence[int]]) -> 
         return None
     rows = [tuple(row) for row in of_ranks]
     usual = max(rows, key=rows.count)
-    odd = [str(rank) for rank, row in enumerate(rows) if row != usual]
+    numbers = ranks if ranks is not None else range(len(rows))
+    odd = [str(rank) for rank, row in zip(numbers, rows, strict=True) if row != usual]
     return (
         f"the ranks no longer hold the same weights: {len(apart):,} of {len(names):,} parameters differ, "
         f"first {_listed(apart)} (rank {', '.join(odd)} against the others); this is a fault of memory, "

@@ -124,7 +124,7 @@ class Guard:
 
         ``good_after`` steps before the first bad one of the present trouble.
         """
-        if self.state.trouble is None:
+        if self.state.trouble is None or self._here is None:  # a run that is over has no stage any more
             return None
         return max(0, self.state.trouble - self.config.good_after * self._stage.batch)
 

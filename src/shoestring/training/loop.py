@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from shoestring.config import RunConfig
 from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import ImageCodec, TextEncoder
-from shoestring.runtime import OutOfMemory, TrainingFailed, say, write_text
+from shoestring.runtime import OutOfMemory, TrainingFailed, UserError, say, write_text
 from shoestring.training import beside
 from shoestring.training.checkpoint import Checkpoints, Counters, Trained
 from shoestring.training.checks import DataWatch, dead_parameters, dead_sentence, gradient_sums
@@ -23,7 +24,7 @@ from shoestring.training.display import LiveLine, Rate, RunLog, status_line
 from shoestring.training.folder import checkpoint_folders, claimed
 from shoestring.training.guard import Guard, Verdict
 from shoestring.training.launch import follow_launcher
-from shoestring.training.mark import Damaged, aside, discard
+from shoestring.training.mark import Damaged, amend_counters, aside, discard
 from shoestring.training.parallel import Parallel, check_batches, local
 from shoestring.training.saving import Saver, UnlessFull, due
 from shoestring.training.schedule import Position, learning_rate, position
@@ -57,7 +58,7 @@ class Run:
         self.text_encoder: TextEncoder | None = None
         if config.model.condition == "text":
             self.text_encoder = build_text_encoder(config.data, parallel.device)
-        check_settings(config, self.codec, self.text_encoder)
+        parallel.from_first(lambda: check_settings(config, self.codec, self.text_encoder))
         quiet = Console(quiet=True)
         parallel.from_first(lambda: check_stages(config, self.codec, self.text_encoder, folder, quiet))
         self.data = self.setup.data(config.stages[0], self.codec, self.text_encoder)
@@ -71,7 +72,7 @@ class Run:
         self.guard = Guard(config.guard, self.counters.guard)
         self.signals = Signals(parallel, console)
         self.unless_full = UnlessFull(partial(say, console))
-        self.watch = DataWatch(self.data.source, config.guard.stall_s, partial(say, console))
+        self.watch = DataWatch(self.data.source, config.guard.stall_s, self._say_here)
         self._log: RunLog | None = None
         self._unread: list[tuple[Position, StepResult]] = []
         self._skipped, self._norm = 0, 0.0
@@ -106,7 +107,7 @@ class Run:
                 if self._unread:
                     self._heed(self._read())
                 self.counters.elapsed_s = self._rate.elapsed_s
-                self.saver.save_at_last(self.counters, self._facts())
+                self.saver.save_at_last(self.counters, self._facts(), self.guard.bad_since)
         finally:
             self._close()
         if here is not None:
@@ -140,12 +141,15 @@ class Run:
                         f"{error}, and none before it is whole; delete {self.folder} to train anew, or "
                         "choose another folder with --out"
                     ) from error
-                say(self.console, f"{error}; it is set aside as {folder.name}.damaged")
-                self.parallel.from_first(partial(aside, folder))
+                self._set_aside(folder, error)
                 continue
             say(self.console, f"Going on from image {self.counters.nimg:,} ({folder})")
             return
         say(self.console, self.saver.forecast(self.folder))
+
+    def _set_aside(self, folder: Path, error: Damaged) -> None:
+        say(self.console, f"{error}; it is set aside as {folder.name}.damaged")
+        self.parallel.from_first(partial(aside, folder))
 
     def _restore(self, folder: Path) -> None:
         self.counters, facts = self.saver.checkpoints.restore(folder)
@@ -260,28 +264,51 @@ class Run:
         if verdict.action == "go":
             return True
         self.saver.finish()
-        by_nimg = {int(folder.name): folder for folder in checkpoint_folders(self.folder)}
-        self.parallel.barrier()  # nobody renames before everybody has looked
-        place = self.guard.good_checkpoint(sorted(by_nimg))
-        good = None if place is None else by_nimg[place]
+        folders = self.parallel.from_first(lambda: checkpoint_folders(self.folder))
+        by_nimg = {int(folder.name): folder for folder in folders}
         if verdict.action == "stop":
+            place = self.guard.good_checkpoint(sorted(by_nimg))
+            good = str(by_nimg[place]) if place else None  # nothing is learned at image 0
             if self.parallel.first:
-                report = self.guard.report(None if good is None else str(good))
-                write_text(self.folder / "report-divergence.txt", report)
-            raise TrainingFailed(self.guard.last_words(None if good is None else str(good)))
-        self.parallel.from_first(lambda: discard([by_nimg[n] for n in sorted(by_nimg) if n > (place or -1)]))
-        guard = self.guard
-        if good is None:
+                write_text(self.folder / "report-divergence.txt", self.guard.report(good))
+            raise TrainingFailed(self.guard.last_words(good))
+        self._go_back(by_nimg)
+        return False
+
+    def _go_back(self, by_nimg: dict[int, Path]) -> None:
+        """To the newest checkpoint that is good and whole, else to the beginning; newer ones are no use."""
+        guard, before = self.guard, None
+        while (place := guard.good_checkpoint(sorted(by_nimg))) is not None:
+            try:
+                self._restore(by_nimg[place])
+            except Damaged as error:
+                self._set_aside(by_nimg.pop(place), error)
+                continue
+            before = self.counters.guard
+            break
+        else:
             self.setup.begin_anew(self.learner)
             self.counters = Counters(elapsed_s=self._rate.elapsed_s)
-            text = guard.rolled_back(None, "the beginning")
-        else:
-            self._restore(good)
-            text = guard.rolled_back(self.counters.guard, str(good))
+        text = guard.rolled_back(before, "the beginning" if place is None else str(by_nimg[place]))
         self.counters.guard, self.guard = guard.state, guard
+        # Noted at once: killed now, the run must not go the same way again.
+        if place is not None:
+            self._note_state_of_guard(by_nimg[place])
+        newer = [by_nimg[nimg] for nimg in sorted(by_nimg) if place is None or nimg > place]
+        self.parallel.from_first(lambda: discard(newer))
+        if place is None:
+            self.saver.save(self.counters, self._facts())
+            self.saver.finish()
         self._rate.reset()
         self._event("rolled-back", text)
-        return False
+
+    def _note_state_of_guard(self, folder: Path) -> None:
+        """In the checkpoint that the run went back to."""
+        state = asdict(self.guard.state)
+        try:
+            self.parallel.from_first(lambda: amend_counters(folder, guard=state))
+        except UserError as error:
+            self._event("not-saved", f"{error}; if it is interrupted now, the run diverges once more")
 
     def _name_dead_parameters(self, here: Position) -> None:
         """Say which parameters never had a gradient, once, a few steps in."""
@@ -299,6 +326,13 @@ class Run:
         if self._log is not None:
             with self.unless_full():
                 self._log.write(kind, row)
+
+    def _say_here(self, text: str) -> None:
+        """Say what this process alone has seen."""
+        if self.parallel.first:
+            say(self.console, text)
+        else:
+            say(Console(stderr=True), f"rank {self.parallel.rank}: {text}")
 
     def _event(self, what: str, text: str) -> None:
         say(self.console, text)

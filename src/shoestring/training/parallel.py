@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shoestring.config import ParallelConfig, RunConfig
 from shoestring.interfaces import Conditioning, Network, NetworkOutput
+from shoestring.models.layers import ClassEmbedding
 from shoestring.models.moe import ExpertChoice
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.planning import Sharding
@@ -98,6 +99,12 @@ class Parallel:
         if self.ranks > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
+    @property
+    def copies(self) -> list[list[int]]:
+        """Groups of ranks that hold the same: a whole network, or the same part of one."""
+        parts = {"ddp": 1, "hybrid": self.config.shard_ranks}.get(self.sharding) or self.ranks
+        return [list(range(first, self.ranks, parts)) for first in range(parts)]
+
     # -- the network -------------------------------------------------------------------------------------
 
     def spread(self, network: DiffusionTransformer, precision: torch.dtype) -> Network:
@@ -148,6 +155,9 @@ class Parallel:
         def placement(parameter: nn.Parameter) -> Shard:
             return Shard(shard_dimension(tuple(parameter.shape), shards))
 
+        if isinstance(network.y_embedder, ClassEmbedding) and low is not None:
+            # A table is no factor of a product: its rows, and the sums of their gradients, stay in float32.
+            fully_shard(network.y_embedder, mesh=mesh, mp_policy=full, shard_placement_fn=placement)
         for block in network.all_blocks():
             for module in block.modules():
                 if isinstance(module, ExpertChoice) and low is not None:  # the router stays in float32
@@ -192,9 +202,10 @@ class Parallel:
     def touched(self, network: nn.Module) -> Tensor | float:
         """Zero, made of the parameters that some stages do not use (mask tokens).
 
-        DDP waits for the gradient of every parameter; added to the loss, this gives them one of zero.
+        DDP waits for the gradient of every parameter, where it does not look for those without; added to the
+        loss, this gives them one of zero.
         """
-        if self._ddp is None:
+        if self._ddp is None or self._ddp.find_unused_parameters:
             return 0.0
         rare = [p for name, p in network.named_parameters() if name.endswith("mask_token")]
         return sum((p.sum() * 0 for p in rare), start=torch.zeros((), device=self.device))

@@ -262,4 +262,5 @@ def _write(path: Path, tensors: dict[str, Tensor], header: Header, facts: ModelF
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder could not be made
+            temporary.unlink(missing_ok=True)

@@ -108,17 +108,20 @@ class Saver:
             return False
         return True
 
-    def save_at_last(self, counters: Counters, facts: dict[str, Any]) -> None:
+    def save_at_last(
+        self, counters: Counters, facts: dict[str, Any], trusted_nimg: int | None = None
+    ) -> None:
         """The checkpoint of the end or of an interruption, which must not fail.
 
         Args:
             counters: where the run is.
             facts: of the model.
+            trusted_nimg: see :meth:`Checkpoints.save`.
 
         Raises:
             UserError: if it cannot be written.
         """
-        if not (self.save(counters, facts) and self.finish()):
+        if not (self.save(counters, facts, trusted_nimg=trusted_nimg) and self.finish()):
             raise self.checkpoints.parallel.mistake(
                 f"the last checkpoint of {self.checkpoints.run} could not be written; free some space and "
                 "give the same command again: it goes on from the newest one that is whole"
@@ -129,6 +132,9 @@ class Saver:
 
         Args:
             folder: of the run, for the sentence.
+
+        Returns:
+            What to say at the start.
         """
         logging, milestones = self.checkpoints.config.logging, milestones_of(self.checkpoints.config)
         kept = min(logging.keep_checkpoints, milestones.count(False)) + milestones.count(True)
@@ -146,16 +152,18 @@ class Saver:
     def _check_ranks_agree(self, nimg: int) -> None:
         """Copies of the network must be equal, bit for bit."""
         parallel, network = self.checkpoints.parallel, self.checkpoints.trained.network
-        if parallel.sharding != "ddp":
+        groups = [group for group in parallel.copies if len(group) > 1]
+        if not groups:
             return
         names = [name for name, _ in network.named_parameters()]
-        mine = digests([p.detach() for p in network.parameters()]).tolist()
-        sentence = rank_divergence(names, parallel.gathered(mine))
-        if sentence is not None:
-            raise TrainingFailed(
-                f"{sentence}, at image {nimg:,}; nothing was saved, the same command goes on from the "
-                "checkpoint before"
-            )
+        of_ranks = parallel.gathered(digests([local(p.detach()) for p in network.parameters()]).tolist())
+        for group in groups:
+            sentence = rank_divergence(names, [of_ranks[rank] for rank in group], group)
+            if sentence is not None:
+                raise TrainingFailed(
+                    f"{sentence}, at image {nimg:,}; nothing was saved, the same command goes on from the "
+                    "checkpoint before"
+                )
 
 
 class UnlessFull:

@@ -74,6 +74,9 @@ class Setup:
         process = build_process(config.process, sigma_data)
         # Part of what determines the bits of a run, so it is kept with it. A rank has one thread of work.
         key, device = f"workers_{parallel.device.type}", parallel.device
+        if device.type == "cpu":  # sums that threads share are other sums with more of them
+            threads = f"threads_{parallel.ranks}" if parallel.ranks > 1 else key
+            torch.set_num_threads(self.remembered(threads, torch.get_num_threads))
         count = self.remembered(key, lambda: default_workers(device)) if parallel.ranks == 1 else 1
         optimizer, workers = config.optimizer, Workers(count)
         return Learner.build(
@@ -195,7 +198,9 @@ def free_memory(parallel: Parallel) -> float:
     """Bytes that one rank may still take on its device."""
     if parallel.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(parallel.device)
-        return float(free)
+        # What the stage before has left with torch is there to be used again.
+        left = torch.cuda.memory_reserved(parallel.device) - torch.cuda.memory_allocated(parallel.device)
+        return float(free + left)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

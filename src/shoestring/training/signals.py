@@ -50,25 +50,26 @@ class Signals:
 
     def __init__(self, parallel: Parallel, console: Console) -> None:
         self.parallel, self.console = parallel, console
-        self._wanted = 0
+        self._save_wanted = self._stop_wanted = False
         self._before: dict[signal.Signals, Any] = {}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._wanted == STOP:
+        if self._stop_wanted:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        self._wanted = STOP
+        self._stop_wanted = True
         say(self.console, "Stopping after this step and saving; Ctrl-C stops at once.")
 
     def _save(self, number: int, frame: FrameType | None) -> None:
-        self._wanted = max(self._wanted, SAVE)
+        self._save_wanted = True
 
     def agreed(self) -> Asked:
         """What any rank was asked since the last time; all ranks must ask together."""
-        wanted = self.parallel.largest(self._wanted)
-        if wanted == SAVE:
-            self._wanted = 0
+        save = self._save_wanted
+        if save:
+            self._save_wanted = False  # before the ranks talk: what comes meanwhile counts the next time
+        wanted = self.parallel.largest(STOP if self._stop_wanted else SAVE if save else 0)
         return Asked(save=wanted >= SAVE, stop=wanted >= STOP)
 
     def __enter__(self) -> Signals:

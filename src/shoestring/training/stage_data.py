@@ -89,17 +89,17 @@ class StageData:
         Returns:
             The batch, on the device. The shares of all ranks, one after another, are the batch.
         """
-        config, device = self.config, self.device
+        config = self.config
         place = nimg + shift * SHIFT_BATCHES * stage.batch
         rows = self.train.batch(first_nimg, place, stage.batch, rank, ranks)
         shape = (self.train.codec.channels, *rows.moments_BMhw.shape[2:])
         patches = shape[1] * shape[2] // config.model.patch_size**2
         first = place + rank * stage.batch // ranks
         draws = Draws.make(config.seed, "train", first, len(rows), shape, patches)
-        dropped_B = (draws.drop_B < config.data.caption_drop).to(device)
+        dropped_B = self._send(draws.drop_B < config.data.caption_drop)
         path_dropped_B = None
         if method_class(config.tokens).drops_paths:
-            path_dropped_B = (draws.path_B < config.tokens.path_drop).to(device)
+            path_dropped_B = self._send(draws.path_B < config.tokens.path_drop)
         return TrainingBatch(
             x0=self._send(self.train.codec.latents(rows.moments_BMhw, draws.posterior)),
             conditioning=self.conditioning(rows).drop(dropped_B),
@@ -162,7 +162,7 @@ class StageData:
             return Conditioning.nothing(len(rows), self.device)
         if model.condition == "class":
             assert rows.class_B is not None
-            return Conditioning(class_B=rows.class_B.to(self.device))
+            return Conditioning(class_B=self._send(rows.class_B))
         text_BSD, mask_BS = rows.text_BSD, rows.text_mask_BS
         assert text_BSD is not None
         assert mask_BS is not None
