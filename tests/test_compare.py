@@ -255,6 +255,9 @@ def test_mistakes(two: list[Path], tmp_path: Path, mistake: Callable[..., str]) 
     assert "does not exist; make it" in mistake("compare", *two, "--out", tmp_path / "no" / "page.html")
     assert "is a folder" in mistake("compare", *two, "--out", tmp_path)
     assert "--prompt was given with --no-samples" in mistake("compare", *two, "--no-samples", "-p", "a")
+    assert "--device was given with --no-samples" in mistake(
+        "compare", *two, "--no-samples", "--device", "cpu"
+    )
     config = make_run(tmp_path / "new", until=0)
     assert "no training row" in mistake("compare", two[0], tmp_path / "new", "--out", out)
     many = [tmp_path / f"run{i}" for i in range(13)]

@@ -168,6 +168,10 @@ def test_mistakes_are_sentences(run: Path, tmp_path: Path, mistake: Callable[...
     assert "is not a folder" in ema(tmp_path / "nowhere")
     assert "the length of a power-function average is 0.4" in ema(run, length="0.05,0.4")
     assert "--length is 'long'" in ema(run, length="long")
+    (tmp_path / "file").write_text("no folder")
+    assert "choose another folder with --out" in mistake(
+        "ema", run, "--length", "0.05", "--out", tmp_path / "file"
+    )
     assert "power_ema.1 is 0.4; it must be" in mistake("recipes", "show", "demo", "power_ema=[0.05,0.4]")
     assert "two lengths are the same" in mistake("recipes", "show", "demo", "power_ema=[0.1,0.10]")
     last = run / "checkpoints" / "000000300"

@@ -142,6 +142,7 @@ def test_command_with_the_recipes_own_data(monkeypatch, capsys):
         (["demo", "--stage", "7"], "1 (unmasked)"),
         (["nonsense"], "nonsense"),
         (["demo", "--device", "abacus"], "abacus"),
+        (["demo", "--batch", str(10**14)], "images at once do not fit"),
         (["demo", "stages.0.resolution=30"], "30"),
     ],
 )

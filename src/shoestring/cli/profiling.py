@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -37,7 +38,14 @@ def profile(
     chosen = _stage(config, stage)
     size = batch or chosen.micro_batch or min(chosen.batch, MOST_IMAGES)
     place = pick_device(config.device if device is None else device)
-    found = profile_recipe(config, chosen, size, steps, place, data, console)
+    try:
+        found = profile_recipe(config, chosen, size, steps, place, data, console)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"{size:,} images at once do not fit into the memory of {place}; give fewer with --batch"
+        ) from error
     table = profile_table(found, f"{config.name}, stage {chosen.name}, {place.type}", data)
     # Into a file or a pipe as wide as it needs to be.
     (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(table)

@@ -10,6 +10,7 @@ Source: Karras et al., arXiv 2312.02696 (EDM2), section 3.2 and appendix C.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
