@@ -1,4 +1,7 @@
-"""The commands of the README and of docs/data.md, run one after another as a reader would, on small data."""
+"""The commands of the README and of the pages in docs/, run one after another as a reader would, on small data.
+
+Only ``sh`` blocks: commands that need GPUs, other machines or a reader's own data are indented there.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,8 @@ def small_version(command: str) -> list[str]:
     assert words[0] == "shoestring", f"the test does not know how to run {command!r}"
     if words[1] == "train":
         words += [o for o in SMALL if o.partition("=")[0] not in {w.partition("=")[0] for w in words}]
+    if words[1] == "profile":
+        words += ["--steps", "1", "--batch", "8", *(o for o in SMALL if o.startswith("model."))]
     if words[1:3] == ["study", "tokens"]:
         words.append("--plan")
     return [sys.executable, "-m", "shoestring.cli", *words[1:]]
@@ -97,6 +102,26 @@ def test_the_commands_of_the_readme_work_in_order(root: Path, workplace: Path) -
         run(workplace, words, workplace / target if target else None)
     assert (workplace / "runs" / "demo-my_pics" / "config.yaml").exists()
     assert list((workplace / "samples").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_planning_page_work(root: Path, workplace: Path) -> None:
+    commands = commands_of(root / "docs" / "planning.md")
+    assert len(commands) >= 3
+    for command in commands:
+        assert "holds it" in run(workplace, small_version(command))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_training_page_work_in_order(root: Path, workplace: Path) -> None:
+    commands = commands_of(root / "docs" / "training.md")
+    assert len(commands) >= 8
+    for command in commands:  # averages are named after the images seen, which are few here
+        said = run(workplace, small_version(re.sub(r"-at-\d+", "-at-000000032", command)))
+        if command.startswith("shoestring watch"):
+            assert "finished" in said
+    assert {"shapes", "two"} <= {folder.name for folder in (workplace / "runs").iterdir()}
+    assert (workplace / "compare.html").stat().st_size > 10_000
 
 
 @pytest.mark.slow

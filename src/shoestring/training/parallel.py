@@ -145,7 +145,7 @@ class Parallel:
     def _shard(self, network: DiffusionTransformer, precision: torch.dtype) -> None:
         self._mesh = mesh = self._device_mesh()
         low = precision if precision == torch.bfloat16 else None
-        # Inputs stay as they are: the residual stream is float32, autocast makes the factors of products low.
+        # Inputs stay as they are: noise levels and the router's are float32; autocast lowers the products.
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         if next(network.parameters()).dtype == torch.float64:
