@@ -1,4 +1,4 @@
-"""The commands of the README and of the pages in docs/, run one after another as a reader would, on small data.
+"""The commands of the README and of pages in docs/, run in order as a reader would, on small data.
 
 Only ``sh`` blocks: commands that need GPUs, other machines or a reader's own data are indented there.
 """

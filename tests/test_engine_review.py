@@ -79,10 +79,9 @@ def last(folder: Path) -> dict[str, torch.Tensor]:
 class CutOff(Run):
     """Ends as by a kill at the moment it says that it went back."""
 
-    def _event(self, what: str, text: str) -> None:
-        super()._event(what, text)
-        if what == "rolled-back":
-            raise KeyboardInterrupt
+    def _go_back(self, by_nimg: dict[int, Path]) -> None:
+        super()._go_back(by_nimg)
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("calm", [True, False])

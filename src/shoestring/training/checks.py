@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shoestring.config import DataConfig, StageConfig, TokensConfig
 from shoestring.runtime import UserError
+from shoestring.training.parallel import local
 from shoestring.training.step import TrainingBatch
 
 SHOWN = 8
@@ -113,6 +114,29 @@ def dead_sentence(dead: Sequence[str], step: int, stage: StageConfig, tokens: To
 
 
 # -- data ------------------------------------------------------------------------------------------------
+
+
+def never_learned(
+    state: Mapping[str, Tensor],
+    total: Callable[[list[float]], list[float]],
+    step: int,
+    stage: StageConfig,
+    tokens: TokensConfig,
+) -> str | None:
+    """A sentence on parameters whose gradients have all been zero so far; ``None`` if there are none.
+
+    Args:
+        state: of the optimisers, see :func:`gradient_sums`; perhaps shared out over ranks.
+        total: sums numbers over the ranks.
+        step: of the run.
+        stage: the present one.
+        tokens: the token method.
+
+    Returns:
+        What to say.
+    """
+    sums = {name: local(tensor) for name, tensor in gradient_sums(state).items()}
+    return dead_sentence(dead_parameters(sums, total), step, stage, tokens)
 
 
 def source_of(data: DataConfig) -> str:

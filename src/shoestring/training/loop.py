@@ -19,14 +19,15 @@ from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.runtime import OutOfMemory, TrainingFailed, UserError, say, write_text
 from shoestring.training import beside
 from shoestring.training.checkpoint import Checkpoints, Counters, Trained
-from shoestring.training.checks import DataWatch, dead_parameters, dead_sentence, gradient_sums
-from shoestring.training.display import LiveLine, Rate, RunLog, status_line
+from shoestring.training.checks import DataWatch, never_learned
+from shoestring.training.display import LiveLine, Rate, status_line
 from shoestring.training.folder import checkpoint_folders, claimed
 from shoestring.training.guard import Guard, Verdict
 from shoestring.training.launch import follow_launcher
 from shoestring.training.mark import Damaged, amend_counters, aside, discard
-from shoestring.training.parallel import Parallel, check_batches, local
-from shoestring.training.saving import Saver, UnlessFull, due
+from shoestring.training.parallel import Parallel, check_batches
+from shoestring.training.record import Record
+from shoestring.training.saving import Saver, due
 from shoestring.training.schedule import Position, learning_rate, position
 from shoestring.training.setup import Setup, forget
 from shoestring.training.signals import Signals, hold_saves
@@ -53,6 +54,8 @@ class Run:
     def __init__(self, config: RunConfig, folder: Path, console: Console, parallel: Parallel) -> None:
         self.config, self.folder, self.console, self.parallel = config, folder, console, parallel
         parallel.from_first(lambda: check_batches(config, parallel.ranks))
+        self.counters = Counters()
+        self.record = Record(console, parallel.rank, lambda: self.counters.nimg)
         self.setup = Setup(config, folder, console, parallel)
         self.codec: ImageCodec = build_codec(config.data, parallel.device)
         self.text_encoder: TextEncoder | None = None
@@ -66,14 +69,11 @@ class Run:
         self.sigma_data = parallel.from_first(lambda: scale_of_latents(config, folder, measure))
         self.learner = self.setup.learner(self.sigma_data)
         trained = Trained(self.learner.model, self.learner.optimizers, self.learner.averages)
-        self.saver = Saver(Checkpoints(folder, trained, config, parallel), self._event)
+        self.saver = Saver(Checkpoints(folder, trained, config, parallel), self.record.event)
         self.peak_flops = self.setup.peak_flops()
-        self.counters = Counters()
         self.guard = Guard(config.guard, self.counters.guard)
         self.signals = Signals(parallel, console)
-        self.unless_full = UnlessFull(partial(say, console))
-        self.watch = DataWatch(self.data.source, config.guard.stall_s, self._say_here)
-        self._log: RunLog | None = None
+        self.watch = DataWatch(self.data.source, config.guard.stall_s, self.record.say_here)
         self._unread: list[tuple[Position, StepResult]] = []
         self._skipped, self._norm = 0, 0.0
         self._micro_batches: dict[int, int] = {}
@@ -91,7 +91,7 @@ class Run:
             UserError: if the last checkpoint cannot be written.
         """
         self._resume()
-        self.parallel.from_first(self._open_log)
+        self.parallel.from_first(lambda: self.record.open(self.folder, self.config.logging))
         self._rate = Rate(self.counters.elapsed_s)
         try:
             with self.signals, LiveLine(self.console) as line:
@@ -117,12 +117,8 @@ class Run:
             )
         return here is None
 
-    def _open_log(self) -> None:
-        self._log = RunLog(self.folder, self.counters.nimg, self.config.logging)
-
     def _close(self) -> None:
-        if self._log is not None:
-            self._log.close()
+        self.record.close()
         self.data.close()
         self.learner.workers.close()
         self.saver.checkpoints.close()
@@ -197,7 +193,7 @@ class Run:
         if logged:
             with self._rate.paused():
                 load = beside.expert_load(self.learner, batch, here)
-            self._write("train", row | ({"expert_load": load} if load else {}))
+            self.record.row("train", row | ({"expert_load": load} if load else {}))
             self._rate.reset()
             self._skipped, self.watch.waited_s = 0, 0.0
         return self._heed(verdict)
@@ -205,8 +201,7 @@ class Run:
     def _fitting_step(self, batch: TrainingBatch, lr: float, ratio: float, here: Position) -> StepResult:
         """A step, with fewer images at once if they do not fit; nothing has changed when memory runs out.
 
-        Raises:
-            OutOfMemory: where other ranks wait for this one, so that all have to start again.
+        Other ranks wait for this one, so all of them have to start again: ``OutOfMemory``.
         """
         while True:
             micro_batch = self._micro_batches[here.index]
@@ -219,7 +214,7 @@ class Run:
                 if self.parallel.ranks > 1:
                     raise OutOfMemory(f"rank {self.parallel.rank} is {text}") from error
             # Not while the error is handled: it holds on to what the failed step has allocated.
-            self._event("out-of-memory", text)
+            self.record.event("out-of-memory", text)
             if self.parallel.device.type == "cuda":
                 torch.cuda.empty_cache()
             self._micro_batches[here.index] = smaller
@@ -251,16 +246,9 @@ class Run:
         return [name for part in parallel.gathered(mine) for name in part]
 
     def _heed(self, verdict: Verdict) -> bool:
-        """Do what the guard decides.
-
-        Returns:
-            False where the run went back.
-
-        Raises:
-            TrainingFailed: where the guard gives up.
-        """
+        """Do what the guard decides: false where the run went back, ``TrainingFailed`` where it gives up."""
         if verdict.text is not None:
-            self._event(verdict.what or verdict.action, verdict.text)
+            self.record.event(verdict.what or verdict.action, verdict.text)
         if verdict.action == "go":
             return True
         self.saver.finish()
@@ -300,7 +288,7 @@ class Run:
             self.saver.save(self.counters, self._facts())
             self.saver.finish()
         self._rate.reset()
-        self._event("rolled-back", text)
+        self.record.event("rolled-back", text)
 
     def _note_state_of_guard(self, folder: Path) -> None:
         """In the checkpoint that the run went back to."""
@@ -308,35 +296,18 @@ class Run:
         try:
             self.parallel.from_first(lambda: amend_counters(folder, guard=state))
         except UserError as error:
-            self._event("not-saved", f"{error}; if it is interrupted now, the run diverges once more")
+            self.record.event("not-saved", f"{error}; if it is interrupted now, the run diverges once more")
 
     def _name_dead_parameters(self, here: Position) -> None:
         """Say which parameters never had a gradient, once, a few steps in."""
         if self.counters.step != self.config.guard.dead_step:
             return
-        sums = gradient_sums(self.learner.optimizers.tensors())
-        dead = dead_parameters({name: local(tensor) for name, tensor in sums.items()}, self.parallel.total)
-        sentence = dead_sentence(dead, self.counters.step, here.stage, self.config.tokens)
+        state, tokens = self.learner.optimizers.tensors(), self.config.tokens
+        sentence = never_learned(state, self.parallel.total, self.counters.step, here.stage, tokens)
         if sentence is not None:
-            self._event("dead-parameters", sentence)
+            self.record.event("dead-parameters", sentence)
 
     # -- what is written down ------------------------------------------------------------------------------
-
-    def _write(self, kind: str, row: dict[str, Any]) -> None:
-        if self._log is not None:
-            with self.unless_full():
-                self._log.write(kind, row)
-
-    def _say_here(self, text: str) -> None:
-        """Say what this process alone has seen."""
-        if self.parallel.first:
-            say(self.console, text)
-        else:
-            say(Console(stderr=True), f"rank {self.parallel.rank}: {text}")
-
-    def _event(self, what: str, text: str) -> None:
-        say(self.console, text)
-        self._write("event", {"nimg": self.counters.nimg, "what": what, "text": text})
 
     def _row(self, here: Position, lr: float, ratio: float) -> dict[str, Any]:
         rate, device = self._rate.images_per_s, self.parallel.device
@@ -377,7 +348,7 @@ class Run:
             self._name_dead_parameters(here)
             if last or self._crossed(logging.validate_nimg, batch):
                 row = beside.validate(self.learner, self.data, logging.validation_images)
-                self._write("validation", {"nimg": self.counters.nimg, "stage": here.stage.name, **row})
+                self.record.row("validation", {"stage": here.stage.name, **row})
             if last or self._crossed(logging.sample_nimg, batch):
                 self._sample()
             wanted, milestone = due(logging, self.counters.nimg, batch, last)
@@ -385,7 +356,7 @@ class Run:
                 self._save(keep_forever=milestone)
 
     def _sample(self) -> None:
-        with self.unless_full():
+        with self.record.unless_full():
             path = beside.sample_grid(
                 self.learner,
                 self.config,
@@ -395,8 +366,7 @@ class Run:
                 self.counters.nimg,
                 self.folder / "progress",
             )
-            if self._log is not None:
-                self._log.picture("samples", self.counters.nimg, path)
+            self.record.picture("samples", path)
 
     def _facts(self) -> dict[str, Any]:
         return {
