@@ -37,9 +37,6 @@ from shoestring.models.files import build_network
 from shoestring.planning import forecast_memory
 from shoestring.recipes import microdit
 from shoestring.runtime import PRECISIONS, Workers, keep_freed_memory, stream
-from shoestring.training.averages import Averages
-from shoestring.training.optim import Optimizers
-from shoestring.training.parallel import Parallel
 from shoestring.training.schedule import Position
 from shoestring.training.step import Learner, TrainingBatch, train_step
 
@@ -129,19 +126,14 @@ def run_config(setting: Setting, model: ModelConfig, resolution: int) -> RunConf
 def learner_of(config: RunConfig, device: torch.device) -> Learner:
     """Everything that a run of one rank trains with."""
     network = build_network(config, stream(config.seed, "init")).to(device)
-    process, precision = EDMProcess(0.9), PRECISIONS[config.precision]
-    denoiser = process.denoiser(network, precision)
-    workers = Workers(1)
-    return Learner(
+    return Learner.build(
         network,
         config.tokens,
-        process,
-        denoiser,
-        denoiser,
-        Optimizers(network, config.optimizer, workers),
-        Averages(network, config.power_ema),
-        workers,
-        Parallel(config.parallel, str(device)),
+        EDMProcess(0.9),
+        config.optimizer,
+        Workers(1),
+        precision=PRECISIONS[config.precision],
+        power_ema=config.power_ema,
     )
 
 

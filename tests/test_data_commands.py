@@ -155,7 +155,7 @@ def test_captions_are_refused_before_a_model_is_loaded(raw: str, mistake: Mistak
 def test_ctrl_c_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path: Path, call: Call) -> None:
     out = tmp_path / "out"
     # Not shapes: numpy's Generator.choice, which draws them, swallows an interruption now and then.
-    names = [f"{i:04}.png" for i in range(4000)]
+    names = [f"{i:05}.png" for i in range(12_000)]
     pictures = make_folder(
         tmp_path / "pics", dict.fromkeys(names, encoded(noise(1, 64, 64))), dict.fromkeys(names, "x")
     )
@@ -173,7 +173,7 @@ def test_ctrl_c_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path: Path
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert said.strip() == "shoestring: interrupted; the same command goes on from here"
-    assert "4,000 read, 4,000 kept" in call(*words[1:])
+    assert "12,000 read, 12,000 kept" in call(*words[1:])
 
 
 def test_old_versions_go_when_their_pin_is_given_up(

@@ -164,7 +164,7 @@ def test_a_checkpoint_of_an_older_version(recipe, hurt, mistake):
     place = faults.newest(hurt)
     (place / "complete.json").unlink()
     (place / "state.pt").write_bytes(b"")
-    assert "has format 1, written by shoestring 0.1.0 or before" in mistake("train", recipe, "--out", hurt)
+    assert "has format 1, written by an earlier shoestring" in mistake("train", recipe, "--out", hurt)
 
 
 def test_a_checkpoint_of_another_model(recipe, hurt, mistake, tmp_path):

@@ -288,5 +288,11 @@ def main() -> None:
     except TrainingFailed as error:  # of all ranks at once
         say(Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0"), f"shoestring: {error}")
         sys.exit(FAILED)
+    except RuntimeError as error:
+        from shoestring.training.launch import lost_another
+
+        if not lost_another(error):
+            raise
+        sys.exit(LOST)  # whoever started the ranks says which one was lost
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -42,9 +42,10 @@ def status_line(row: dict[str, Any], total_nimg: int, left_s: float) -> str:
     """One line: stage, progress, loss, rate, share of the machine's peak, time left, money."""
     share = row.get("peak_share")
     peak = "" if share is None else f" ({share:.0%} of peak)"
+    money = f"  ${row['cost_usd']:.2f}" if row["cost_usd"] else ""
     return (
         f"{row['stage']}  {row['nimg']:,}/{total_nimg:,} images  loss {row['loss']:.4f}  "
-        f"{row['images_per_s']:.1f} images/s{peak}  {duration(left_s)} left  ${row['cost_usd']:.2f}"
+        f"{row['images_per_s']:.1f} images/s{peak}  {duration(left_s)} left{money}"
     )
 
 

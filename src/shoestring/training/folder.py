@@ -131,11 +131,12 @@ def check_same_run(folder: Path, config: RunConfig, allow_changes: bool = False)
         free = any(key == name or key.startswith(f"{name}.") for name in FREE)
         if there.get(key) == here.get(key) or free or PLACES.fullmatch(key):
             continue
-        change = f"{key} from {there.get(key)!r} to {here.get(key)!r}"
         index = int(key.split(".")[1]) if key.startswith("stages.") else None
         possible = WITH_CONSENT.fullmatch(key) is not None
         if index is not None:
             possible = index >= over and (possible or index >= len(before.stages))
+        finished = " (a stage that is over)" if index is not None and index < over else ""
+        change = f"{key} from {there.get(key)!r} to {here.get(key)!r}{finished}"
         (accepted if possible else refused).append(change)
     if refused:
         raise UserError(

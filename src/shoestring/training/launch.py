@@ -118,6 +118,8 @@ class Launcher:
             "MASTER_PORT": str(_free_port()),
             "OMP_NUM_THREADS": threads,
             LAUNCHER: str(os.getpid()),
+            # DDP remarks at every start that it looks for unused parameters, which it is told to.
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         }
         command = [sys.executable, "-m", "shoestring.cli", *self.words]
         hold_saves()  # which the ranks inherit: SIGUSR1 would end them before they can heed it
@@ -203,6 +205,12 @@ def check_ranks(config: RunConfig, ranks: int) -> None:
     if launched():
         raise UserError("--nproc was given to a process of torchrun; leave one of the two out")
     check_batches(config, ranks)
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether an error says that another rank is no more."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return launched() and any(word in str(error) for word in words)
 
 
 def without_nproc(words: Sequence[str]) -> list[str]:

@@ -74,7 +74,7 @@ def read_mark(folder: Path) -> dict[str, Any]:
     except OSError as error:
         if not (folder / "state.pt").exists():
             raise Damaged(f"checkpoint {folder} is damaged ({MARK}: {error.strerror})") from error
-        raise _other_version(folder, 1, "0.1.0 or before") from error
+        raise _other_version(folder, 1, None) from error
     if digest != _digest(mark):
         raise Damaged(f"checkpoint {folder} is damaged ({MARK} is not what was written)")
     if version != FORMAT:
@@ -138,10 +138,10 @@ def _digest(mark: dict[str, Any]) -> str:
 
 
 def _other_version(folder: Path, version: int, writer: str | None) -> UserError:
+    by = "an earlier shoestring" if writer is None else f"shoestring {writer}"
     return UserError(
-        f"checkpoint {folder} has format {version}, written by shoestring {writer}; this is shoestring "
-        f"{__version__}, which reads format {FORMAT}: go on with that version, or train anew in another "
-        "folder (--out)"
+        f"checkpoint {folder} has format {version}, written by {by}; this one ({__version__}) reads format "
+        f"{FORMAT}: go on with that version, or train anew in another folder (--out)"
     )
 
 
