@@ -277,11 +277,6 @@ class Parallel:
         """A mistake that all ranks have found, to be raised: the first one says it."""
         return UserError(text) if self.first else SaidElsewhere(text)
 
-    def barrier(self) -> None:
-        """Wait for all hosts."""
-        if self.ranks > 1:
-            dist.barrier(group=self.control)
-
 
 class _Spread:
     """A network that is called in another way; all else is the network's own.
