@@ -31,7 +31,7 @@ from shoestring.sampling.guidance import GuidedDenoiser
 from shoestring.tensors import visible_from_noise
 from shoestring.training.schedule import Position
 from shoestring.training.step import Learner, TrainingBatch, train_step
-from test_parity import X, assert_summary, fill
+from test_fill_values import X, assert_summary, fill
 
 SMALL = maskdit_config(
     dim=32, depth=2, heads=2, patch_size=2, classes=5, decoder=DecoderConfig(depth=2, dim=16, head_dim=8)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from run_folders import TINY, config_of
 from shoestring.config import ParallelConfig
-from shoestring.runtime import UserError
+from shoestring.runtime import OutOfMemory, UserError
 from shoestring.training.folder import MACHINE
 from shoestring.training.loop import Run
 from shoestring.training.parallel import Parallel
@@ -67,3 +67,21 @@ def test_not_even_one_image(tmp_path: Path) -> None:
     run.learner.training_denoiser = SmallDevice(run.learner.training_denoiser, 0)
     with pytest.raises(UserError, match="not even one image fits"):
         run.train()
+
+
+def test_an_update_is_not_repeated(tmp_path: Path) -> None:
+    """Part of the weights may have changed already: the run goes on from its checkpoint, in a new process."""
+    run = run_of(tmp_path)
+    share, updates = run.config.stages[0].batch, run.learner.averages.update
+
+    def update(decay: float, nimg: int, batch: int) -> None:
+        if nimg > 2 * share:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        updates(decay, nimg, batch)
+
+    run.learner.averages.update = update  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemory, match=f"updated the weights.*{share} images at once.*last checkpoint"):
+        run.train()
+    assert run_of(tmp_path).train()
+    noted = json.loads((tmp_path / MACHINE).read_text())
+    assert share // 2 in [value for key, value in noted.items() if key.startswith("micro_batch_")]

@@ -1,4 +1,4 @@
-"""The network: counts, switches, invariances. Parity with the released numbers is in test_parity.py."""
+"""The network: counts, switches, invariances. Parity with the released numbers is in test_fill_values.py."""
 
 import pytest
 import torch

@@ -16,11 +16,12 @@ from shoestring.config import RunConfig
 from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import ImageCodec, TextEncoder
-from shoestring.runtime import OutOfMemory, TrainingFailed, UserError, say, write_text
+from shoestring.runtime import TrainingFailed, UserError, say, write_text
 from shoestring.training import beside
 from shoestring.training.checkpoint import Checkpoints, Counters, Trained
 from shoestring.training.checks import DataWatch, never_learned
 from shoestring.training.display import LiveLine, Rate, status_line
+from shoestring.training.fitting import FittingSteps
 from shoestring.training.folder import checkpoint_folders, claimed
 from shoestring.training.guard import Guard, Verdict
 from shoestring.training.launch import follow_launcher
@@ -33,7 +34,7 @@ from shoestring.training.setup import Setup, forget
 from shoestring.training.signals import Signals, hold_saves
 from shoestring.training.stage_data import check_settings
 from shoestring.training.starting import scale_of_latents
-from shoestring.training.step import StepResult, TrainingBatch, train_step
+from shoestring.training.step import StepResult
 from shoestring.training.stores import check_classes, check_stages
 from shoestring.training.trackers import check_trackers
 
@@ -64,10 +65,11 @@ class Run:
         parallel.from_first(lambda: check_settings(config, self.codec, self.text_encoder))
         quiet = Console(quiet=True)
         parallel.from_first(lambda: check_stages(config, self.codec, self.text_encoder, folder, quiet))
+        network = self.setup.network()  # before the data: a mistake in its file is told at once
         self.data = self.setup.data(config.stages[0], self.codec, self.text_encoder)
         measure = self.data.train.sigma_data
         self.sigma_data = parallel.from_first(lambda: scale_of_latents(config, folder, measure))
-        self.learner = self.setup.learner(self.sigma_data)
+        self.learner = self.setup.learner(network, self.sigma_data)
         trained = Trained(self.learner.model, self.learner.optimizers, self.learner.averages)
         self.saver = Saver(Checkpoints(folder, trained, config, parallel), self.record.event)
         self.peak_flops = self.setup.peak_flops()
@@ -76,7 +78,7 @@ class Run:
         self.watch = DataWatch(self.data.source, config.guard.stall_s, self.record.say_here)
         self._unread: list[tuple[Position, StepResult]] = []
         self._skipped, self._norm = 0, 0.0
-        self._micro_batches: dict[int, int] = {}
+        self.fitting = FittingSteps(self.setup, self.learner, self.record)
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -163,11 +165,7 @@ class Run:
             self.data = self.setup.data(stage, self.codec, self.text_encoder)
             self.parallel.from_first(lambda: check_classes(stage, self.data.classes, classes))
             self.watch.source = self.data.source
-        if here.index not in self._micro_batches:
-            held, workers = self.saver.held_bytes, self.learner.workers.count
-            micro_batch = self.setup.micro_batch(stage, held, workers)
-            self._micro_batches = {here.index: micro_batch}
-            self.setup.fit_to_stage(self.learner, stage, self.data, micro_batch)
+        self.fitting.enter(here, self.data, self.saver.held_bytes)
         if here.done_nimg == 0 and not stage.keep_optimizer:
             forget(self.learner.optimizers)
 
@@ -178,7 +176,7 @@ class Run:
         share = (self.guard.data_shift, parallel.rank, parallel.ranks)
         with self.watch:
             batch = self.data.batch(stage, here.start_nimg, self.counters.nimg, *share)
-        result = self._fitting_step(batch, lr, ratio, here)
+        result = self.fitting.step(batch, lr, ratio, here)
         self.counters.nimg += stage.batch
         self.counters.step += 1
         self.counters.training_flops += stage.batch * self.data.flops(ratio)
@@ -197,28 +195,6 @@ class Run:
             self._rate.reset()
             self._skipped, self.watch.waited_s = 0, 0.0
         return self._heed(verdict)
-
-    def _fitting_step(self, batch: TrainingBatch, lr: float, ratio: float, here: Position) -> StepResult:
-        """A step, with fewer images at once if they do not fit; nothing has changed when memory runs out.
-
-        Other ranks wait for this one, so all of them have to start again: ``OutOfMemory``.
-        """
-        while True:
-            micro_batch = self._micro_batches[here.index]
-            try:
-                return train_step(self.learner, batch, micro_batch, lr, ratio, here)
-            except torch.OutOfMemoryError as error:
-                self.learner.optimizers.zero_grad()
-                smaller = self.setup.smaller_micro_batch(here.stage, micro_batch)
-                text = f"out of memory with {micro_batch} images at once; going on with {smaller}"
-                if self.parallel.ranks > 1:
-                    raise OutOfMemory(f"rank {self.parallel.rank} is {text}") from error
-            # Not while the error is handled: it holds on to what the failed step has allocated.
-            self.record.event("out-of-memory", text)
-            if self.parallel.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._micro_batches[here.index] = smaller
-            self.setup.fit_to_stage(self.learner, here.stage, self.data, smaller)
 
     # -- the guard -----------------------------------------------------------------------------------------
 

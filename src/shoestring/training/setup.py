@@ -14,6 +14,7 @@ from shoestring.config import RunConfig, StageConfig
 from shoestring.diffusion.process import build_process
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.models.files import build_network
+from shoestring.models.transformer import DiffusionTransformer
 from shoestring.planning import fitting_micro_batch, measured_peak_flops
 from shoestring.runtime import PRECISIONS, UserError, Workers, default_workers, say, stream
 from shoestring.training.compiling import compile_blocks
@@ -63,12 +64,20 @@ class Setup:
             load()
         return loaded[0]
 
-    def learner(self, sigma_data: float) -> Learner:
-        """Network, optimisers and averages at the beginning."""
+    def network(self) -> DiffusionTransformer:
+        """The network with the weights that the run begins with, on the CPU.
+
+        Raises:
+            UserError: if they are to be read from a file that does not fit.
+        """
+        network = build_network(self.config, stream(self.config.seed, "init"))
+        if not self.parallel.from_first(lambda: begun(self.folder)):
+            initial_weights(self.config, network)
+        return network
+
+    def learner(self, network: DiffusionTransformer, sigma_data: float) -> Learner:
+        """Network, optimisers and averages at the beginning; the network moves to its device."""
         config, parallel = self.config, self.parallel
-        network = build_network(config, stream(config.seed, "init"))
-        if not parallel.from_first(lambda: begun(self.folder)):
-            initial_weights(config, network)
         network.to(parallel.device)
         precision = PRECISIONS[config.precision]
         process = build_process(config.process, sigma_data)

@@ -232,10 +232,23 @@ def part_sizes(share: int, micro_batch: int, workers: int) -> set[int]:
     return sizes
 
 
-def _accumulate(
+def accumulate_gradient(
     learner: Learner, batch: TrainingBatch, micro_batch: int, stage: StageConfig, mask_ratio: float
 ) -> Tensor:
-    """Put the gradient of the whole batch into the parameters; returns this rank's mean loss."""
+    """Forward, loss and backward: put the gradient of the whole batch into the parameters.
+
+    Weights and optimiser stay as they are, so this may be tried again where memory runs out.
+
+    Args:
+        learner: its gradients are changed.
+        batch: this rank's share.
+        micro_batch: images at once; the share is cut into such pieces.
+        stage: noise levels.
+        mask_ratio: share of patches dropped.
+
+    Returns:
+        Mean loss of this rank's share.
+    """
     parameters = list(learner.model.parameters())
     pieces = list(batch.split(micro_batch))
     total = torch.zeros((), device=batch.x0.device, dtype=batch.x0.dtype)
@@ -280,6 +293,30 @@ def _accumulate(
     return total
 
 
+def update(learner: Learner, loss: Tensor, lr: float, here: Position) -> StepResult:
+    """Clip, update, average: what follows once the gradient is there; all ranks together.
+
+    Args:
+        learner: changed in place.
+        loss: of this rank.
+        lr: learning rate of this step.
+        here: where in the run: clipping, averages.
+
+    Returns:
+        The loss and the gradient norm.
+    """
+    stage = here.stage
+    loss = learner.parallel.mean(loss)
+    limit = float("inf") if stage.clip_norm is None else stage.clip_norm
+    norm = whole(nn.utils.clip_grad_norm_(learner.model.parameters(), limit))
+    failed = (~(loss + norm).isfinite()).float()
+    learner.optimizers.set_lr(lr)
+    learner.optimizers.step(failed)
+    seen = here.start_nimg + here.done_nimg + stage.batch
+    learner.averages.update(ema_decay(here), seen, stage.batch)
+    return StepResult(loss, norm)
+
+
 def train_step(
     learner: Learner, batch: TrainingBatch, micro_batch: int, lr: float, mask_ratio: float, here: Position
 ) -> StepResult:
@@ -299,13 +336,5 @@ def train_step(
     Returns:
         The loss and the gradient norm.
     """
-    stage = here.stage
-    loss = learner.parallel.mean(_accumulate(learner, batch, micro_batch, stage, mask_ratio))
-    limit = float("inf") if stage.clip_norm is None else stage.clip_norm
-    norm = whole(nn.utils.clip_grad_norm_(learner.model.parameters(), limit))
-    failed = (~(loss + norm).isfinite()).float()
-    learner.optimizers.set_lr(lr)
-    learner.optimizers.step(failed)
-    seen = here.start_nimg + here.done_nimg + stage.batch
-    learner.averages.update(ema_decay(here), seen, stage.batch)
-    return StepResult(loss, norm)
+    loss = accumulate_gradient(learner, batch, micro_batch, here.stage, mask_ratio)
+    return update(learner, loss, lr, here)
