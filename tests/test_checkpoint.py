@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from ranks import run_ranks
+from forks import FORKS, run_ranks
 from shoestring.config import LoggingConfig, ParallelConfig
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
@@ -212,13 +211,11 @@ def save_for_ever(folder):
 
 def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
     """In the middle of copying, writing, hashing, renaming and deleting."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_checkpoint"])
     delays = torch.rand(8, generator=stream(0, "kill")).tolist()
     small, leftovers = Small(tmp_path), 0
     for delay_s in delays:
         known = len(checkpoint_folders(tmp_path))
-        process = context.Process(target=save_for_ever, args=(str(tmp_path),))
+        process = FORKS.Process(target=save_for_ever, args=(str(tmp_path),))
         process.start()
         deadline = time.monotonic() + 60
         while len(checkpoint_folders(tmp_path)) <= known and time.monotonic() < deadline and known < 2:

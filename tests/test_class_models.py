@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import forks
 from shoestring.config import DataConfig
 from shoestring.data.sources import load
 from shoestring.runtime import UserError
@@ -78,8 +77,7 @@ NAMES = ("cat", "dog", "gnu")
 
 
 def shoestring(*words: object, cwd: Path) -> str:
-    command = [sys.executable, "-m", "shoestring.cli", *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+    done = forks.shoestring(*words, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

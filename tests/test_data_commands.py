@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -155,17 +154,15 @@ def test_captions_are_refused_before_a_model_is_loaded(raw: str, mistake: Mistak
 def test_ctrl_c_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path: Path, call: Call) -> None:
     out = tmp_path / "out"
     # Not shapes: numpy's Generator.choice, which draws them, swallows an interruption now and then.
-    names = [f"{i:05}.png" for i in range(12_000)]
+    names = [f"{i:05}.png" for i in range(6_000)]
     pictures = make_folder(
         tmp_path / "pics", dict.fromkeys(names, encoded(noise(1, 64, 64))), dict.fromkeys(names, "x")
     )
     words = ["data", "ingest", str(pictures), "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "shoestring.cli", *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ},
-    )
+    # Shells let what they start in the background ignore the signal, and so all that is started from there.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code += "; from shoestring.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
     while not (out / ".work" / "ingest" / "unit-000000.npz").exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -173,7 +170,7 @@ def test_ctrl_c_ends_with_a_sentence_and_the_same_command_goes_on(tmp_path: Path
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert said.strip() == "shoestring: interrupted; the same command goes on from here"
-    assert "12,000 read, 12,000 kept" in call(*words[1:])
+    assert "6,000 read, 6,000 kept" in call(*words[1:])
 
 
 def test_old_versions_go_when_their_pin_is_given_up(

@@ -5,11 +5,8 @@ Only ``sh`` blocks: commands that need GPUs, other machines or a reader's own da
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+import forks
 from shoestring.data.cifar10 import FILES
 from shoestring.data.store import Store
 
@@ -47,7 +45,7 @@ def commands_of(page: Path) -> list[str]:
 
 
 def small_version(command: str) -> list[str]:
-    """The command with a small training, in this interpreter."""
+    """The words of the command, with a small training."""
     words = shlex.split(command)
     assert words[0] == "shoestring", f"the test does not know how to run {command!r}"
     if words[1] == "train":
@@ -56,7 +54,7 @@ def small_version(command: str) -> list[str]:
         words += ["--steps", "1", "--batch", "8", *(o for o in SMALL if o.startswith("model."))]
     if words[1:3] == ["study", "tokens"]:
         words.append("--plan")
-    return [sys.executable, "-m", "shoestring.cli", *words[1:]]
+    return words[1:]
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +81,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def run(place: Path, command: list[str], out: Path | None = None) -> str:
+def run(place: Path, words: list[str], out: Path | None = None) -> str:
     """Run to the end; the test fails with what the command said."""
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=os.environ, timeout=300)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    done = forks.shoestring(*words, cwd=place)
+    assert done.returncode == 0, f"shoestring {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     if out is not None:
         out.write_text(done.stdout)
     return done.stdout

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
-from ranks import run_ranks
+from forks import run_ranks
 from shoestring.config import GuardConfig, ParallelConfig, RunConfig, TokensConfig, parse_yaml
 from shoestring.diffusion.process import EDMProcess, NetworkDenoiser
 from shoestring.interfaces import Conditioning

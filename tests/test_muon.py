@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ranks import run_ranks
+from forks import run_ranks
 from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig, OptimizerConfig
 from shoestring.models.microdit import MicroDiT
 from shoestring.runtime import Workers, stream

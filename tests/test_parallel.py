@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ranks import run_ranks
+from forks import run_ranks
 from shoestring.config import (
     DecoderConfig,
     ExpertsConfig,

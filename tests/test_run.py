@@ -13,6 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import forks
+from forks import Done
+
 # Seconds, not minutes: pictures without a download, captions without weights, a model of 60,000 parameters.
 TINY = """
 name: tiny
@@ -40,15 +43,14 @@ logging: {log_nimg: 8, validate_nimg: 64, sample_nimg: 64, checkpoint_nimg: 32, 
 """
 
 
-def shoestring(*words, cwd: Path, expect: int | None = 0, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "shoestring.cli", *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, **options)
+def shoestring(*words, cwd: Path, expect: int | None = 0) -> Done:
+    done = forks.shoestring(*words, cwd=cwd)
     if expect is not None:
         assert done.returncode == expect, done.stdout + done.stderr
     return done
 
 
-def sentence(done: subprocess.CompletedProcess) -> str:
+def sentence(done: Done) -> str:
     """What a user's mistake looks like: one line on stderr, no traceback, exit code 2."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -316,19 +318,13 @@ def test_two_runs_in_one_folder(workplace):
 
 def test_full_disk_keeps_the_checkpoints_before(workplace, finished):
     """A limit on file size fails writes as a full disk does: in the middle of a file."""
-    import resource
     import shutil
 
     shutil.copytree(finished, workplace / "full")
     shutil.rmtree(newest(workplace / "full"))
     kept = sorted(file for file in newest(workplace / "full").rglob("*") if file.is_file())
     before = [file.read_bytes() for file in kept]
-    limit = 200_000
-
-    def shrink() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = shoestring("train", "tiny.yaml", "--out", "full", cwd=workplace, expect=None, preexec_fn=shrink)
+    done = forks.shoestring("train", "tiny.yaml", "--out", "full", cwd=workplace, file_limit=200_000)
     assert "cannot write checkpoint" in done.stdout
     assert "training goes on and tries again" in done.stdout
     assert "the last checkpoint of full could not be written" in sentence(done)
