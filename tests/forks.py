@@ -23,7 +23,9 @@ from typing import Any
 import torch.distributed as dist
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["shoestring.cli", "shoestring.training.loop", "torch.utils.tensorboard"])
+FORKS.set_forkserver_preload(
+    ["shoestring.cli", "shoestring.training.loop", "shoestring.data.precompute", "torch.utils.tensorboard"]
+)
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,23 @@ def test_starts_are_counted_anew_when_the_run_got_further(tmp_path):
     assert said.count("starting again") == 2 * MAX_RESTARTS
 
 
+def test_halving_the_images_at_once_is_no_reason_to_give_up(tmp_path):
+    """Ranks that end for want of memory: the others, which wait for them, are ended, and all start again."""
+    console = Console(record=True, width=500, file=io.StringIO())
+    launcher = Launcher([], 2, tmp_path, console, pause_s=0.02)
+    codes = [4] * (2 * MAX_RESTARTS) + [0]
+
+    def start() -> None:
+        code = codes.pop(0)
+        other = "import time; time.sleep(60)" if code else ""
+        words = ([sys.executable, "-S", "-c", text] for text in (other, f"raise SystemExit({code})"))
+        launcher._processes = [subprocess.Popen(each) for each in words]
+
+    launcher._start = start
+    assert launcher.run() == 0
+    assert not codes
+
+
 def test_a_stop_that_comes_between_two_starts_is_not_lost(tmp_path):
     """The signal arrives when the old rank is dead and the new one is not known yet."""
     console = Console(record=True, width=500, file=io.StringIO())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from pathlib import Path
 
 import pytest
 
+from forks import FORKS
 from raw_stores import job_of_tests, journal_lines, make_raw, prepare_in_a_process
 from shoestring.data.precompute import prepare
 from shoestring.data.store import Store
@@ -17,19 +17,13 @@ KILLS = 20
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_ends_as_an_undisturbed_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_twenty_times_it_ends_as_an_undisturbed_run(tmp_path: Path) -> None:
     raw = make_raw(tmp_path / "raw", rows=200, unit_rows=8)
     whole = prepare(raw, str(tmp_path / "whole"), *job_of_tests())
-    # A server that has imported everything and used nothing: its children start at once.
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["torch", "shoestring.data.precompute", "raw_stores"])
     draw = random.Random(0)
     out, killed, finished = tmp_path / "out", 0, 0
     while killed < KILLS:
-        process = processes.Process(target=prepare_in_a_process, args=(raw.uri, str(out)))
+        process = FORKS.Process(target=prepare_in_a_process, args=(raw.uri, str(out)))
         process.start()
         # Most of the time while it starts or computes, sometimes late enough for the commit.
         deadline = time.monotonic() + 60

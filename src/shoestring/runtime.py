@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from pathlib import Path
 from threading import Barrier
 from typing import IO, Any, TypeVar
@@ -19,6 +20,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ExitCode(IntEnum):
+    """How a command ended; 0 is well."""
+
+    LOST = 1
+    """A process of the run is no more."""
+    MISTAKE = 2
+    FAILED = 3
+    """Training diverged."""
+    NO_MEMORY = 4
+    """With fewer images at once, noted already, the same command goes on."""
+    INTERRUPTED = 130
 
 
 class UserError(ValueError):

@@ -19,6 +19,7 @@ from shoestring.cli.profiling import profile
 from shoestring.cli.watching import compare, watch
 from shoestring.config import RunConfig, apply_overrides, to_yaml
 from shoestring.runtime import (
+    ExitCode,
     OutOfMemory,
     SaidElsewhere,
     TrainingFailed,
@@ -28,10 +29,6 @@ from shoestring.runtime import (
     say,
 )
 
-INTERRUPTED = 130
-FAILED = 3
-LOST = 1
-USER_MISTAKE = 2
 TABLE_WIDTH = 200
 
 console = Console()
@@ -106,7 +103,7 @@ def train(
     from shoestring.training.loop import train as run
 
     if not run(config, folder, console, allow_changes):
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(ExitCode.INTERRUPTED)
     if is_first():
         say(console, f'Done: {folder}. Draw with: shoestring sample {folder} --prompt "..."')
 
@@ -132,7 +129,7 @@ def demo(
     if quick:
         config = shortened(config)
     if not run_demo(config, _folder(config, out), console):
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(ExitCode.INTERRUPTED)
 
 
 @app.command()
@@ -248,7 +245,7 @@ def study_tokens(
         usd_per_hour=usd_per_hour,
     )
     if not run_tokens(job, console):
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(ExitCode.INTERRUPTED)
 
 
 @recipes_app.callback()
@@ -278,21 +275,21 @@ def main() -> None:
     try:
         app()
     except SaidElsewhere:
-        sys.exit(USER_MISTAKE)
+        sys.exit(ExitCode.MISTAKE)
     except UserError as error:
         say(Console(stderr=True), f"shoestring: {error}")
-        sys.exit(USER_MISTAKE)
+        sys.exit(ExitCode.MISTAKE)
     except OutOfMemory as error:
         say(Console(stderr=True), f"shoestring: {error}")
-        sys.exit(LOST)
+        sys.exit(ExitCode.NO_MEMORY)
     except TrainingFailed as error:  # of all ranks at once
         say(Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0"), f"shoestring: {error}")
-        sys.exit(FAILED)
+        sys.exit(ExitCode.FAILED)
     except RuntimeError as error:
         from shoestring.training.launch import lost_another
 
         if not lost_another(error):
             raise
-        sys.exit(LOST)  # whoever started the ranks says which one was lost
+        sys.exit(ExitCode.LOST)  # whoever started the ranks says which one was lost
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(ExitCode.INTERRUPTED)

@@ -10,9 +10,7 @@ import typer
 from rich.console import Console
 
 from shoestring.config import DataConfig
-from shoestring.runtime import UserError, say
-
-INTERRUPTED = 130
+from shoestring.runtime import ExitCode, UserError, say
 
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="folder or URL of a store")]
 OutStore = Annotated[str, typer.Option("--out", help="folder or URL of the store to make")]
@@ -69,4 +67,4 @@ def resumable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         say(Console(stderr=True), "shoestring: interrupted; the same command goes on from here")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(ExitCode.INTERRUPTED) from None

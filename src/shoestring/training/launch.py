@@ -23,13 +23,12 @@ import torch
 from rich.console import Console
 
 from shoestring.config import RunConfig
-from shoestring.runtime import UserError, say
+from shoestring.runtime import ExitCode, UserError, say
 from shoestring.training.folder import checkpoint_folders
 from shoestring.training.parallel import check_batches
 from shoestring.training.signals import heed_saves, hold_saves
 
-USER_ERROR, FAILED, INTERRUPTED = 2, 3, 130
-FINAL = (0, USER_ERROR, FAILED, INTERRUPTED)
+FINAL = (0, ExitCode.MISTAKE, ExitCode.FAILED, ExitCode.INTERRUPTED)
 """Exit codes after which starting again would change nothing."""
 LAUNCHER = "SHOESTRING_LAUNCHER"
 """Environment variable of the ranks: process number of their launcher."""
@@ -58,7 +57,7 @@ def follow_launcher() -> None:
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     if os.getppid() != int(os.environ[LAUNCHER]):  # it was killed before
-        sys.exit(INTERRUPTED)
+        sys.exit(ExitCode.INTERRUPTED)
 
 
 class Launcher:
@@ -96,13 +95,14 @@ class Launcher:
                 if code in FINAL:
                     return code
                 if self._stopping:
-                    return INTERRUPTED
+                    return ExitCode.INTERRUPTED
                 now = self._newest()
-                fruitless = 0 if now > before else fruitless + 1
+                # Images at once can be halved a few times only, so that is no reason to give up.
+                fruitless = 0 if now > before or code == ExitCode.NO_MEMORY else fruitless + 1
                 before = now
                 if fruitless > MAX_RESTARTS:
                     say(self.console, f"{what}; {MAX_RESTARTS} starts in a row reached no further checkpoint")
-                    return 1
+                    return ExitCode.LOST
                 say(self.console, f"{what}; starting again from the last checkpoint")
 
     def _newest(self) -> int:
@@ -141,7 +141,7 @@ class Launcher:
         while True:
             codes = [process.poll() for process in self._processes]
             bad = [(rank, code) for rank, code in enumerate(codes) if code]
-            told = next(((rank, code) for rank, code in bad if code in FINAL), None)
+            told = next(((rank, code) for rank, code in bad if code in (*FINAL, ExitCode.NO_MEMORY)), None)
             if first is None and bad:
                 first, since = bad[0], time.monotonic()
             if None not in codes:
@@ -150,8 +150,8 @@ class Launcher:
                 rank, code = told or first
                 return code, _sentence(rank, code)
             if first is not None:
-                killed = any(code < 0 for _, code in bad)
-                patience_s = 0.0 if killed else GRACE_S if told is None else PATIENCE_S
+                clear = any(code < 0 or code == ExitCode.NO_MEMORY for _, code in bad)
+                patience_s = 0.0 if clear else GRACE_S if told is None else PATIENCE_S
                 if time.monotonic() - since >= patience_s:
                     self._kill()
             time.sleep(self.pause_s)
