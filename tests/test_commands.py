@@ -37,3 +37,21 @@ def test_a_missing_device_is_said_before_ranks_are_started(
     words = ("train", "demo-shapes", "--out", tmp_path / "run", "--nproc", 2, "device=abacus")
     assert "device: 'abacus' is not available here" in mistake(*words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument 'recipe'"),
+        (["train", "demo", "--nprc", 2], "No such option: --nprc (Possible options: --nproc)"),
+        (["sample", "x", "--num", "many"], "'--num': Input should be a valid integer"),
+        (["data", "verify"], "Missing argument"),
+    ],
+)
+def test_wrong_words_are_one_sentence_that_points_to_the_help(
+    mistake: Callable[..., str], words: list[object], expected: str
+) -> None:
+    said = mistake(*words)
+    assert expected in said
+    assert "--help lists what there is" in said

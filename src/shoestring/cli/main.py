@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 from shoestring import recipes
 from shoestring.cli.averages import ema
@@ -259,7 +260,7 @@ def list_unless_asked(context: typer.Context) -> None:
 def list_recipes() -> None:
     """All recipes, a line each."""
     for name in recipes.names():
-        say(console, f"{name:22}{recipes.describe(name).splitlines()[0]}")
+        say(console, f"{name:26}{recipes.describe(name).splitlines()[0]}")
 
 
 @recipes_app.command("show")
@@ -273,7 +274,13 @@ def main() -> None:
     """Entry point of the command ``shoestring``."""
     keep_freed_memory()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except TyperException as error:  # wrong words; without any, help was shown already
+        if words := error.format_message().rstrip("."):
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "shoestring"
+            say(Console(stderr=True), f"shoestring: {words}; {command} --help lists what there is")
+        sys.exit(ExitCode.MISTAKE)
     except SaidElsewhere:
         sys.exit(ExitCode.MISTAKE)
     except UserError as error:

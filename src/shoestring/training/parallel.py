@@ -55,7 +55,7 @@ class Parallel:
     def __init__(self, config: ParallelConfig, device: str) -> None:
         self.config = config
         self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.device = pick_device(device)
+        self.device = pick_device(self._own_device(device))
         self.control: dist.ProcessGroup | None = None
         self.files: dist.ProcessGroup | None = None
         self._mesh: DeviceMesh | None = None
@@ -67,7 +67,6 @@ class Parallel:
         self.sharding = "ddp" if config.sharding == "auto" else config.sharding
         self._check()
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         wait = timedelta(seconds=PATIENCE_S)
         if not dist.is_initialized():
@@ -75,6 +74,19 @@ class Parallel:
         # What the hosts say to one another must not wait for the devices, nor for a checkpoint on its way.
         self.control = dist.new_group(backend="gloo", timeout=wait)
         self.files = dist.new_group(backend="gloo", timeout=wait)
+
+    def _own_device(self, device: str) -> str:
+        """The GPU of a rank is that of its number on its machine; not even a look at another one."""
+        ours = device == "auto" or device.startswith("cuda")
+        if self.ranks == 1 or not (ours and torch.cuda.is_available()):
+            return device
+        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= gpus:
+            raise UserError(
+                f"rank {self.rank} is number {number} of its machine, which has {gpus} GPUs; start as many "
+                "processes as there are GPUs"
+            )
+        return f"cuda:{number}"
 
     def _check(self) -> None:
         share = self.config.shard_ranks
