@@ -211,7 +211,7 @@ class Interrupted(Parallel):
 
 
 def test_a_stop_that_comes_while_a_save_is_agreed_on_is_not_lost():
-    with Signals(Interrupted(ParallelConfig(), "cpu"), QUIET) as signals:
+    with Signals(Interrupted(ParallelConfig(), "cpu"), QUIET, lambda: 0.0) as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
         asked = signals.agreed()
         assert (asked.save, asked.stop) == (True, False)

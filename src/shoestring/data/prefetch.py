@@ -47,7 +47,9 @@ class Prefetcher(Generic[Key, Result]):
         for each in wanted:
             if each not in self._waiting:
                 self._waiting[each] = self._pool.submit(self._make, each)
-        return self._waiting.pop(key).result()
+        result = self._waiting[key].result()
+        del self._waiting[key]  # only now: whoever was interrupted while waiting may ask again
+        return result
 
     def close(self) -> None:
         """Stop; what is being made is finished and thrown away."""

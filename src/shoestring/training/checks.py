@@ -160,7 +160,11 @@ class DataWatch:
         """Time spent inside so far; may be set back to zero."""
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
-        self._began_s = 0.0
+        self._began_s: float | None = None
+
+    def seconds(self) -> float:
+        """How long the present wait has lasted; 0 outside."""
+        return 0.0 if self._began_s is None else time.perf_counter() - self._began_s
 
     def __enter__(self) -> DataWatch:
         self._began_s = time.perf_counter()
@@ -175,7 +179,8 @@ class DataWatch:
             assert self._timer is not None
             self._timer.cancel()
             self._timer = None
-        self.waited_s += time.perf_counter() - self._began_s
+        seconds, self._began_s = self.seconds(), None
+        self.waited_s += seconds
 
     def _arm(self, wait_s: float) -> None:
         self._timer = threading.Timer(wait_s, self._fire, (wait_s,))
@@ -187,10 +192,9 @@ class DataWatch:
             if self._timer is not threading.current_thread():
                 return  # the batch has come meanwhile
             self._arm(2 * waited_s)
-        seconds = time.perf_counter() - self._began_s
         self.say(
-            f"waiting for data for {seconds:,.0f} s: {self.source} does not give the next batch; training "
-            "goes on as soon as it does (is the disk or the network slow, or gone?)"
+            f"waiting for data for {self.seconds():,.0f} s: {self.source} does not give the next batch; "
+            "training goes on as soon as it does (is the disk or the network slow, or gone?)"
         )
 
 

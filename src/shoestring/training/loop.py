@@ -31,7 +31,7 @@ from shoestring.training.record import Record
 from shoestring.training.saving import Saver, due
 from shoestring.training.schedule import Position, learning_rate, position
 from shoestring.training.setup import Setup, forget
-from shoestring.training.signals import Signals, hold_saves
+from shoestring.training.signals import Signals, StopWaiting, hold_saves
 from shoestring.training.stage_data import check_settings
 from shoestring.training.starting import scale_of_latents
 from shoestring.training.step import StepResult
@@ -74,8 +74,8 @@ class Run:
         self.saver = Saver(Checkpoints(folder, trained, config, parallel), self.record.event)
         self.peak_flops = self.setup.peak_flops()
         self.guard = Guard(config.guard, self.counters.guard)
-        self.signals = Signals(parallel, console)
         self.watch = DataWatch(self.data.source, config.guard.stall_s, self.record.say_here)
+        self.signals = Signals(parallel, console, self.watch.seconds)
         self._unread: list[tuple[Position, StepResult]] = []
         self._skipped, self._norm = 0, 0.0
         self.fitting = FittingSteps(self.setup, self.learner, self.record)
@@ -170,12 +170,15 @@ class Run:
             forget(self.learner.optimizers)
 
     def _step(self, here: Position, line: LiveLine) -> bool:
-        """One step; false where the guard sent the run back."""
+        """One step; false where the guard sent the run back, or where there was no batch to wait for."""
         stage, done, parallel = here.stage, here.done_nimg, self.parallel
         lr, ratio = learning_rate(stage, done) * self.guard.lr_scale, stage.mask_ratio_at(done)
         share = (self.guard.data_shift, parallel.rank, parallel.ranks)
-        with self.watch:
-            batch = self.data.batch(stage, here.start_nimg, self.counters.nimg, *share)
+        try:
+            with self.watch:
+                batch = self.data.batch(stage, here.start_nimg, self.counters.nimg, *share)
+        except StopWaiting:
+            return False
         result = self.fitting.step(batch, lr, ratio, here)
         self.counters.nimg += stage.batch
         self.counters.step += 1

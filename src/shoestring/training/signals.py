@@ -14,6 +14,12 @@ from shoestring.runtime import say
 from shoestring.training.parallel import Parallel
 
 SAVE, STOP = 1, 2
+STALL_S = 5.0
+"""A wait for data that has lasted so long may last for ever: what is asked meanwhile is done at once."""
+
+
+class StopWaiting(BaseException):
+    """Raised in a wait for data when the run is asked to save or to stop."""
 
 
 def hold_saves() -> None:
@@ -46,10 +52,12 @@ class Signals:
     Args:
         parallel: a signal to one rank is one to all.
         console: where a person reads.
+        waited_s: seconds that the run has been waiting for data, 0 while it is not. Where that takes long,
+            ``StopWaiting`` is raised there; the wait may be begun again.
     """
 
-    def __init__(self, parallel: Parallel, console: Console) -> None:
-        self.parallel, self.console = parallel, console
+    def __init__(self, parallel: Parallel, console: Console, waited_s: Callable[[], float]) -> None:
+        self.parallel, self.console, self.waited_s = parallel, console, waited_s
         self._save_wanted = self._stop_wanted = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -60,9 +68,19 @@ class Signals:
             return
         self._stop_wanted = True
         say(self.console, "Stopping after this step and saving; Ctrl-C stops at once.")
+        self._leave_stall(number, frame)
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self._save_wanted = True
+        self._leave_stall(number, frame)
+
+    def _leave_stall(self, number: int, frame: FrameType | None) -> None:
+        """End a long wait for data, now or when it has become long."""
+        waited_s = self.waited_s()
+        if waited_s > STALL_S:
+            raise StopWaiting
+        if waited_s > 0 and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, STALL_S)
 
     def agreed(self) -> Asked:
         """What any rank was asked since the last time; all ranks must ask together."""
@@ -79,6 +97,7 @@ class Signals:
         }
         if hasattr(signal, "SIGUSR1"):
             handlers[signal.SIGUSR1] = self._save
+            handlers[signal.SIGALRM] = self._leave_stall
         self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         heed_saves()
         return self
