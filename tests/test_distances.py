@@ -10,12 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoestring.evaluation.distances import (
-    finite_rows,
-    frechet_distance,
-    kernel_distance,
-    wilson_interval,
-)
+from shoestring.evaluation.distances import frechet_distance, kernel_distance
+from shoestring.evaluation.moments import finite_rows
+from shoestring.evaluation.uncertainty import wilson_interval
 
 
 def with_moments(n: int, mean_F: np.ndarray, root_FF: np.ndarray, seed: int) -> np.ndarray:

@@ -1,36 +1,42 @@
-"""Distances between two sets of features, and the interval of a share. Pure functions, float64 inside."""
+"""Distances between two sets of features: Fréchet, kernel, CMMD. Pure functions, float64 inside."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from shoestring.evaluation.moments import Moments, finite_rows
 from shoestring.runtime import stream
-from shoestring.tensors import Float
+
+Features = ArrayLike | Tensor | Moments
+CMMD_WIDTH, CMMD_SCALE = 10.0, 1000.0
+BLOCK = 1024
+"""Rows of a distance matrix that are there at once."""
 
 
-def frechet_distance(a_NF: ArrayLike | Tensor, b_MF: ArrayLike | Tensor) -> float:
+def frechet_distance(a: Features, b: Features) -> float:
     """Fréchet distance between the Gaussians that have the moments of two sets of features.
 
     |mean_a - mean_b|^2 + tr(cov_a) + tr(cov_b) - 2 tr((cov_a cov_b)^(1/2)), with the unbiased covariances.
     With fewer samples than features the covariances are singular, and iterating for a matrix root fails
-    silently. Here no root is taken: for centred X and Y, tr((X'X Y'Y)^(1/2)) is the sum of the singular
-    values of X Y', which is exact at any rank. The price is an SVD of side min(N, F).
+    silently. Here no root is taken: with cov_a = R'R and cov_b = S'S, tr((cov_a cov_b)^(1/2)) is the sum of
+    the singular values of R S', which is exact at any rank. The price is an SVD of side min(N, F).
 
     At small N the distance is mostly bias (two halves of one set are far apart): compare it only with
-    distances at the same N.
+    distances at the same N, or see :func:`shoestring.evaluation.uncertainty.at_infinity`.
 
     Args:
-        a_NF: features of one set, a row a sample.
-        b_MF: features of the other; M may differ from N.
+        a: features of one set, a row a sample, or their moments.
+        b: those of the other; the numbers of samples may differ.
 
     Returns:
-        The distance, at least 0.
+        The distance, at least 0. On the features of the ADM suite's Inception it is the FID, on its spatial
+        features the sFID; on others it must not be called so.
 
     Raises:
         ValueError: for fewer than two samples, different widths, or values that are not finite.
@@ -38,13 +44,10 @@ def frechet_distance(a_NF: ArrayLike | Tensor, b_MF: ArrayLike | Tensor) -> floa
     Source: Heusel et al., arXiv 1706.08500, equation 6; the singular values are those of
     cov_a^(1/2) cov_b^(1/2), the form in which the distance is symmetric.
     """
-    x_NF, y_MF = _pair(a_NF, b_MF)
-    mean_x, mean_y = x_NF.mean(dim=0), y_MF.mean(dim=0)
-    x_NF = (x_NF - mean_x) / math.sqrt(len(x_NF) - 1)
-    y_MF = (y_MF - mean_y) / math.sqrt(len(y_MF) - 1)
-    # X = Q R with orthonormal Q: dropping Q leaves the singular values, and R has min(N, F) rows only.
-    cross = torch.linalg.svdvals(_triangle(x_NF) @ _triangle(y_MF).T).sum()
-    distance = (mean_x - mean_y).square().sum() + x_NF.square().sum() + y_MF.square().sum() - 2 * cross
+    (mean_x, root_x), (mean_y, root_y) = _mean_and_root(a, "first"), _mean_and_root(b, "second")
+    _check_widths(root_x, root_y)
+    cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
+    distance = (mean_x - mean_y).square().sum() + root_x.square().sum() + root_y.square().sum() - 2 * cross
     return max(0.0, distance.item())
 
 
@@ -108,68 +111,59 @@ def kernel_distance(
     return KernelDistance(mean=estimates.mean().item(), std=estimates.std(correction=0).item())
 
 
-def wilson_interval(successes: float, n: float, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a share; sensible at 0 and 1 and at small n, unlike p +- 2 se.
+def cmmd(a_NF: ArrayLike | Tensor, b_MF: ArrayLike | Tensor) -> float:
+    """Maximum mean discrepancy of CLIP embeddings with a Gaussian kernel, times 1000, as released.
+
+    exp(-|x - y|^2 / (2 10^2)) on embeddings of length 1. The released code takes the means over all pairs,
+    those of a sample with itself too, where the paper's estimator leaves these out; so does this.
 
     Args:
-        successes: how often it happened, 0 to n; a sum of shares is allowed.
-        n: number of independent trials.
-        z: normal quantile; 1.96 is for 95 %.
+        a_NF: embeddings of one set (the paper: CLIP ViT-L/14-336), a row a sample; made length 1 here.
+        b_MF: those of the other.
 
     Returns:
-        Lower and upper end, within [0, 1].
+        The distance; 0 for equal sets.
 
     Raises:
-        ValueError: if n is not positive or the successes are outside 0 to n.
+        ValueError: for fewer than two samples, different widths, or values that are not finite.
 
-    Source: Wilson 1927, J. Am. Stat. Assoc. 22, 209.
+    Source: Jayasumana et al., arXiv 2401.09603, section 4.
     """
-    if not (n > 0 and 0 <= successes <= n):
-        raise ValueError(f"{successes} successes of {n}: n must be positive and successes between 0 and n")
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    x_NF, y_MF = (F.normalize(rows, dim=1) for rows in _pair(a_NF, b_MF))
 
+    def mean(u_NF: Tensor, v_MF: Tensor) -> float:
+        total = 0.0
+        for block in u_NF.split(BLOCK):
+            squared = (2 - 2 * block @ v_MF.T).clamp(min=0)
+            total += torch.exp(-squared / (2 * CMMD_WIDTH**2)).sum().item()
+        return total / (len(u_NF) * len(v_MF))
 
-def finite_rows(values: ArrayLike | Tensor, name: str, least: int = 1) -> Float[Tensor, "N F"]:
-    """Features as a float64 matrix on the CPU, checked.
-
-    Args:
-        values: a matrix, a row a sample.
-        name: how an error calls it.
-        least: rows it must have.
-
-    Returns:
-        The matrix.
-
-    Raises:
-        ValueError: if it is no matrix, has too few rows, or holds NaN or infinity.
-    """
-    if isinstance(values, Tensor):
-        rows_NF = values.detach().to("cpu", torch.float64)
-    else:
-        rows_NF = torch.from_numpy(np.array(values, dtype=np.float64))
-    if rows_NF.ndim != 2:
-        raise ValueError(f"{name} have shape {tuple(rows_NF.shape)}; they must be a matrix, a row a sample")
-    if len(rows_NF) < least:
-        raise ValueError(f"{name} have {len(rows_NF)} rows; at least {least} samples are needed")
-    bad = (~rows_NF.isfinite()).any(dim=1).sum().item()
-    if bad:
-        raise ValueError(f"{name} hold NaN or infinity in {bad} of {len(rows_NF)} rows")
-    return rows_NF
+    return CMMD_SCALE * (mean(x_NF, x_NF) + mean(y_MF, y_MF) - 2 * mean(x_NF, y_MF))
 
 
 def _pair(a_NF: ArrayLike | Tensor, b_MF: ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
     x_NF = finite_rows(a_NF, "features of the first set", 2)
     y_MF = finite_rows(b_MF, "features of the second set", 2)
-    if x_NF.shape[1] != y_MF.shape[1]:
-        raise ValueError(f"features have {x_NF.shape[1]} and {y_MF.shape[1]} columns; they must agree")
+    _check_widths(x_NF, y_MF)
     return x_NF, y_MF
 
 
+def _check_widths(x_NF: Tensor, y_MF: Tensor) -> None:
+    if x_NF.shape[1] != y_MF.shape[1]:
+        raise ValueError(f"features have {x_NF.shape[1]} and {y_MF.shape[1]} columns; they must agree")
+
+
+def _mean_and_root(features: Features, which: str) -> tuple[Tensor, Tensor]:
+    """The mean, and a matrix R with R'R = covariance and at most F rows."""
+    if isinstance(features, Moments):
+        return features.mean_F, features.root()
+    rows_NF = finite_rows(features, f"features of the {which} set", 2)
+    mean_F = rows_NF.mean(dim=0)
+    return mean_F, _triangle((rows_NF - mean_F) / math.sqrt(len(rows_NF) - 1))
+
+
 def _triangle(rows_NF: Tensor) -> Tensor:
+    """X = Q R with orthonormal Q: R has min(N, F) rows, and R'R = X'X."""
     n, f = rows_NF.shape
     return torch.linalg.qr(rows_NF, mode="r").R if n > f else rows_NF
 

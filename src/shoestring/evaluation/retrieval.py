@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
-from shoestring.evaluation.distances import finite_rows, wilson_interval
+from shoestring.evaluation.moments import finite_rows
+from shoestring.evaluation.uncertainty import wilson_interval
 from shoestring.interfaces import FeatureExtractor
 from shoestring.runtime import UserError
 from shoestring.sampling.generate import PNG_KEY

@@ -27,9 +27,10 @@ from shoestring.data.oracle import satisfies
 from shoestring.data.shapes import single_shape_prompts
 from shoestring.data.sources import Splits
 from shoestring.encoders.image import build_codec
-from shoestring.evaluation.distances import frechet_distance, kernel_distance, wilson_interval
+from shoestring.evaluation.distances import frechet_distance, kernel_distance
 from shoestring.evaluation.features import EfficientNetLite0Features
 from shoestring.evaluation.retrieval import near_copy_mask, retrieval_of_folder
+from shoestring.evaluation.uncertainty import wilson_interval
 from shoestring.models.files import build_network
 from shoestring.models.transformer import parameter_counts
 from shoestring.runtime import pick_device, write_text

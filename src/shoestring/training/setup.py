@@ -65,7 +65,10 @@ class Setup:
         return loaded[0]
 
     def network(self) -> DiffusionTransformer:
-        """The network with the weights that the run begins with, on the CPU.
+        """Make the network.
+
+        Returns:
+            With the weights that the run begins with, on the CPU.
 
         Raises:
             UserError: if they are to be read from a file that does not fit.
