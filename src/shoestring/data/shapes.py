@@ -223,11 +223,19 @@ def scene(
     else:
         counts = (1, 1) if kind == "pair" else ((2, 1), (1, 2), (2, 2), (3, 1), (1, 3))[rng.integers(5)]
         requirement = Requirement((Group(counts[0], *pair[0]), Group(counts[1], *pair[1])))
-    return Scene(str(requirement), _place(requirement, rng))
+    return Scene(str(requirement), place(requirement, rng))
 
 
-def _place(requirement: Requirement, rng: np.random.Generator) -> tuple[Thing, ...]:
-    """Sizes and places that meet the requirement, on the grid, with gaps of at least two of 32 pixels."""
+def place(requirement: Requirement, rng: np.random.Generator) -> tuple[Thing, ...]:
+    """Sizes and places that meet the requirement, on the grid, with gaps of at least two of 32 pixels.
+
+    Args:
+        requirement: what is to be shown.
+        rng: draws them.
+
+    Returns:
+        The things.
+    """
     named = [(group.shape, group.colour) for group in requirement.groups for _ in range(group.count)]
 
     def near(value: float, spread: float) -> float:
