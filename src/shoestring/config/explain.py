@@ -1,7 +1,7 @@
 """Say in one sentence what is wrong with a setting: which key, what was found, what is valid.
 
-Everything here reads the JSON schema that pydantic makes of ``RunConfig``, so that a limit is written
-down once, in ``schema.py``, and the sentences follow.
+Everything here reads the JSON schema that pydantic makes of a class of settings, so that a limit is written
+down once, with the field, and the sentences follow.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from pydantic import ValidationError
-
-from shoestring.config.schema import RunConfig
+from pydantic import BaseModel, ValidationError
 
 Node = dict[str, Any]
 Path = Sequence[str | int]
@@ -36,32 +34,38 @@ _LIMITS = {
 
 
 @cache
-def root() -> Node:
-    """The JSON schema of a run."""
-    return RunConfig.model_json_schema()
+def root(kind: type[BaseModel]) -> Node:
+    """The JSON schema of a class of settings, sections put in their places."""
+    schema = kind.model_json_schema()
 
+    def inlined(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inlined(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        whole = {key: inlined(value) for key, value in node.items() if key not in {"$ref", "$defs"}}
+        if "$ref" in node:  # what stands beside a reference is about this very place
+            return {**inlined(schema["$defs"][node["$ref"].rsplit("/", 1)[1]]), **whole}
+        return whole
 
-def deref(node: Node) -> Node:
-    """Follow a reference to the schema of a section."""
-    if "$ref" in node:
-        target: Node = root()["$defs"][node["$ref"].rsplit("/", 1)[1]]
-        return target
-    return node
+    found: Node = inlined(schema)
+    return found
 
 
 def is_section(node: Node) -> bool:
     """Whether the node is a mapping with keys of its own, and nothing else."""
-    return "properties" in deref(node)
+    return "properties" in node
 
 
 def child(node: Node, key: str | int) -> Node | None:
     """The schema below ``node`` at a key or list index; ``None`` where there is none."""
-    node = deref(node)
     if "properties" in node:
         return node["properties"].get(key)
     for option in node.get("anyOf", ()):
         if (below := child(option, key)) is not None:
             return below
+    if isinstance(node.get("additionalProperties"), dict):
+        return node["additionalProperties"]
     if node.get("type") == "array" and isinstance(key, int):
         fixed = node.get("prefixItems", ())
         return fixed[key] if key < len(fixed) else node.get("items")
@@ -70,18 +74,16 @@ def child(node: Node, key: str | int) -> Node | None:
 
 def takes_text(node: Node) -> bool:
     """Whether text is a valid kind of value here."""
-    node = deref(node)
     return node.get("type") == "string" or any(takes_text(option) for option in node.get("anyOf", ()))
 
 
 def takes_null(node: Node) -> bool:
     """Whether null is a valid value here."""
-    return any(option.get("type") == "null" for option in deref(node).get("anyOf", ()))
+    return any(option.get("type") == "null" for option in node.get("anyOf", ()))
 
 
 def expected(node: Node) -> str:
     """What a value must be, in words: ``a whole number of at least 1 and at most 256``."""
-    node = deref(node)
     if "anyOf" in node:
         return ", or ".join(expected(option) for option in node["anyOf"])
     if "enum" in node:
@@ -90,6 +92,8 @@ def expected(node: Node) -> str:
         return str(node["const"])
     if "properties" in node:
         return f"a mapping with the keys {_listed(list(node['properties']))}"
+    if "additionalProperties" in node:
+        return f"a mapping of names to {expected(node['additionalProperties'])}"
     if node["type"] == "array":
         return _expected_list(node)
     text = _TYPES[node["type"]]
@@ -129,10 +133,11 @@ def nearest(word: str, choices: Sequence[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def unknown_key(path: Path, data: Any = None) -> str:
+def unknown_key(schema: Node, path: Path, data: Any = None) -> str:
     """The sentence for a key that does not exist, with the nearest one that does.
 
     Args:
+        schema: of all settings, see :func:`root`.
         path: the offending key; everything but its last part exists.
         data: the settings it was meant for; where the path ends in a list, they say how long it is.
 
@@ -140,18 +145,18 @@ def unknown_key(path: Path, data: Any = None) -> str:
         A sentence without a final stop.
     """
     *parents, last = path
-    node: Node | None = root()
+    node: Node | None = schema
     for part in parents:
         node = child(node, part) if node is not None else None
-    keys = list(deref(node).get("properties", ())) if node is not None else []
+    keys = list(node.get("properties", ())) if node is not None else []
     if not keys:
         return _no_keys_here(parents, last, data)
     start = f"unknown key {dotted(path)!r}"
     if (near := nearest(str(last), keys)) is not None:
         return f"{start}; did you mean {dotted([*parents, near])!r}?"
-    namesakes = [dotted(key) for key in all_keys() if key[-1] == last]
+    namesakes = [dotted(key) for key in keys_of(schema) if key[-1] == last]
     if not namesakes:  # perhaps the whole name is a misspelt one that exists elsewhere
-        known = [name for key in all_keys() if not dotted(path).startswith(name := dotted(key))]
+        known = [name for key in keys_of(schema) if not dotted(path).startswith(name := dotted(key))]
         namesakes = [near] if (near := nearest(dotted(path), known)) is not None else []
     if namesakes:
         return f"{start}; did you mean {_either([repr(name) for name in namesakes])}?"
@@ -174,25 +179,25 @@ def _no_keys_here(parents: list[str | int], last: str | int, data: Any) -> str:
     return f"{start}; {dotted(parents)} has {len(value)} entries, counted from 0{named}"
 
 
-@cache
-def all_keys() -> tuple[tuple[str | int, ...], ...]:
-    """Every key of a run, sections included, with the first stage standing for all."""
+def keys_of(schema: Node) -> tuple[tuple[str | int, ...], ...]:
+    """Every key, sections included, with the first item of a list of sections standing for all."""
 
     def walk(node: Node, path: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
-        for key, below in deref(node).get("properties", {}).items():
+        for key, below in node.get("properties", {}).items():
             yield (*path, key)
             if is_section(below):
                 yield from walk(below, (*path, key))
             elif is_section(below.get("items", {})):
                 yield from walk(below["items"], (*path, key, 0))
 
-    return tuple(walk(root(), ()))
+    return tuple(walk(schema, ()))
 
 
-def explain(error: ValidationError, data: Any) -> str:
+def explain(kind: type[BaseModel], error: ValidationError, data: Any) -> str:
     """The first of pydantic's complaints as one sentence.
 
     Args:
+        kind: class of the settings.
         error: what pydantic raised.
         data: the settings as they were given to pydantic.
 
@@ -200,7 +205,8 @@ def explain(error: ValidationError, data: Any) -> str:
         A sentence without a final stop.
     """
     first = error.errors(include_url=False)[0]
-    node, path, value = root(), list[str | int](), data
+    schema = root(kind)
+    node, path, value = schema, list[str | int](), data
     for part in first["loc"]:
         below = child(node, part)
         # Where a value may be of several kinds (a ramp or a list), pydantic's path goes on with the name of
@@ -216,7 +222,7 @@ def explain(error: ValidationError, data: Any) -> str:
         case "value_error":  # our own sentences begin with the name of the field
             return ".".join([*map(str, path), str(first["ctx"]["error"])])
         case "extra_forbidden" if len(rest) == 1 and is_section(node):
-            return unknown_key([*path, *rest], data)
+            return unknown_key(schema, [*path, *rest], data)
         case "missing" if value is None and path:
             return f"{name} is missing; it must be {expected(node)} ({node.get('description', name)})"
         case "finite_number":

@@ -1,4 +1,4 @@
-"""A run's settings as YAML with comments, as JSON, and changed by ``key=value``.
+"""Settings as YAML with comments, as JSON, and changed by ``key=value``.
 
 YAML is read with its simple types only, and a little more kindly than YAML 1.1 does: ``1e-3`` is a number,
 ``1e6`` a whole one, dates and ``12:30`` stay text. A key given twice is an error.
@@ -11,15 +11,18 @@ import math
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, overload
 
 import yaml
 from pydantic import ValidationError
 
 from shoestring.config import explain
+from shoestring.config.base import Frozen
 from shoestring.config.explain import Node
 from shoestring.config.schema import RunConfig
 from shoestring.runtime import UserError
+
+Settings = TypeVar("Settings", bound=Frozen)
 
 _MAX_BYTES = 1_000_000
 _WIDTH = 110
@@ -100,12 +103,19 @@ def _load(text: str) -> Any:
     return value
 
 
-def parse_yaml(text: str, source: str = "the configuration") -> RunConfig:
-    """Read a run's settings from YAML.
+@overload
+def parse_yaml(text: str, source: str = ...) -> RunConfig: ...
+@overload
+def parse_yaml(text: str, source: str, kind: type[Settings]) -> Settings: ...
+
+
+def parse_yaml(text: str, source: str = "the configuration", kind: type[Any] = RunConfig) -> Any:
+    """Read settings from YAML.
 
     Args:
         text: the YAML.
         source: what to call it in an error, e.g. its file name.
+        kind: class of the settings.
 
     Returns:
         The settings; what the text leaves out has its default.
@@ -119,14 +129,21 @@ def parse_yaml(text: str, source: str = "the configuration") -> RunConfig:
         raise UserError(f"{source} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{source} holds {explain.found(data)}; it must be a mapping of settings, key: value")
-    return _validate(data, f"{source}: ")
+    return _validate(kind, data, f"{source}: ")
 
 
-def load_yaml(path: str | Path) -> RunConfig:
-    """Read a run's settings from a YAML file.
+@overload
+def load_yaml(path: str | Path) -> RunConfig: ...
+@overload
+def load_yaml(path: str | Path, kind: type[Settings]) -> Settings: ...
+
+
+def load_yaml(path: str | Path, kind: type[Any] = RunConfig) -> Any:
+    """Read settings from a YAML file.
 
     Args:
         path: the file.
+        kind: class of the settings.
 
     Returns:
         The settings.
@@ -146,7 +163,7 @@ def load_yaml(path: str | Path) -> RunConfig:
             raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the configuration {path}: {reason}") from error
-    return parse_yaml(text, str(path))
+    return parse_yaml(text, str(path), kind)
 
 
 def from_json(text: str, source: str = "the checkpoint's configuration") -> RunConfig:
@@ -168,21 +185,21 @@ def from_json(text: str, source: str = "the checkpoint's configuration") -> RunC
         raise UserError(f"{source} is not valid JSON") from error
     if not isinstance(data, dict):
         raise UserError(f"{source} holds {explain.found(data)}; it must be a JSON object")
-    return _validate(data, f"{source}: ")
+    return _validate(RunConfig, data, f"{source}: ")
 
 
-def _validate(data: dict[Any, Any], prefix: str = "") -> RunConfig:
+def _validate(kind: type[Settings], data: dict[Any, Any], prefix: str = "") -> Settings:
     """Check plain values strictly (as JSON: lists are tuples, but "12" and true are no numbers)."""
     try:
-        return RunConfig.model_validate_json(json.dumps(data), strict=True)
+        return kind.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise UserError(prefix + explain.explain(error, json.loads(json.dumps(data)))) from error
+        raise UserError(prefix + explain.explain(kind, error, json.loads(json.dumps(data)))) from error
 
 
 # ------------------------------------------------------------------------------------------- overrides
 
 
-def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+def apply_overrides(config: Settings, overrides: Sequence[str]) -> Settings:
     """Change settings by ``key.sub=value``, the later ones winning.
 
     Values are YAML (``1e-3``, ``null``, ``[0.5, 1.0]``); where a setting is text it is taken as it stands.
@@ -206,23 +223,25 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"cannot read {override!r}; write key=value, for example model.depth=4")
-        _override(data, key.strip(), text)
-    return _validate(data)
+        _override(explain.root(type(config)), data, key.strip(), text)
+    return _validate(type(config), data)
 
 
-def _override(data: dict[str, Any], key: str, text: str) -> None:
-    node, target, path = explain.root(), data, list[str | int]()
+def _override(schema: Node, data: dict[str, Any], key: str, text: str) -> None:
+    node, target, path = schema, data, list[str | int]()
     *parents, last = key.split(".")
     for name in parents:
-        node, part = _step(node, target, path, name, data)
+        node, part = _step(schema, node, target, path, name, data)
         target = target[part]
         path.append(part)
-    node, part = _step(node, target, path, last, data)
+    node, part = _step(schema, node, target, path, last, data)
     value = _read_value(text, node, key)
     _set(target, part, value, node)
 
 
-def _step(node: Node, target: Any, path: list[str | int], name: str, data: Any) -> tuple[Node, Any]:
+def _step(
+    schema: Node, node: Node, target: Any, path: list[str | int], name: str, data: Any
+) -> tuple[Node, Any]:
     """One step down a dotted key: the schema there, and the key or list index that leads to it."""
     part: str | int = name
     if isinstance(target, list):
@@ -233,7 +252,7 @@ def _step(node: Node, target: Any, path: list[str | int], name: str, data: Any) 
             part = int(name)
     below = explain.child(node, part)
     if below is None or (isinstance(target, list) and isinstance(part, str)):
-        raise UserError(explain.unknown_key([*path, name], data))
+        raise UserError(explain.unknown_key(schema, [*path, name], data))
     return below, part
 
 
@@ -263,7 +282,7 @@ def _set(target: Any, part: Any, value: Any, node: Node) -> None:
 # ---------------------------------------------------------------------------------------- writing YAML
 
 
-def to_yaml(config: RunConfig, header: str = "") -> str:
+def to_yaml(config: Frozen, header: str = "") -> str:
     """All settings as YAML, each explained by a comment (in lists of stages, once).
 
     Args:
@@ -279,14 +298,14 @@ def to_yaml(config: RunConfig, header: str = "") -> str:
     lines = [line.rstrip() for line in lines]
     if lines:
         lines.append("")
-    lines += _section(config.model_dump(mode="json"), explain.root(), 0, comments=True)
+    lines += _section(config.model_dump(mode="json"), explain.root(type(config)), 0, comments=True)
     return "\n".join(lines) + "\n"
 
 
 def _section(data: dict[str, Any], node: Node, indent: int, comments: bool) -> list[str]:
     """The lines of one mapping; the comments behind its plain values stand in one column."""
     pad = " " * indent
-    properties: dict[str, Node] = explain.deref(node)["properties"]
+    properties: dict[str, Node] = node["properties"]
     plain = {key: _flow(data[key]) for key, below in properties.items() if not _is_block(below, data[key])}
     column = max((len(key) + 2 + len(text) for key, text in plain.items() if len(text) < 40), default=0)
     lines: list[str] = []
