@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 from shoestring import recipes
 from shoestring.cli.averages import ema
 from shoestring.cli.data import app as data_app
+from shoestring.cli.evaluating import app as eval_app
 from shoestring.cli.planning import plan
 from shoestring.cli.profiling import profile
 from shoestring.cli.watching import compare, watch
@@ -45,6 +46,7 @@ app.add_typer(recipes_app, name="recipes")
 study_app = typer.Typer(help="Compare methods side by side.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 app.add_typer(data_app, name="data")
+app.add_typer(eval_app, name="eval")
 app.command()(ema)
 app.command()(plan)
 app.command()(watch)

@@ -219,13 +219,13 @@ def class_number(text: str, names: Sequence[str], count: int) -> int:
     raise UserError(f"the prompt is {text!r}; a class is a number from 0 to {count - 1}{named}{hint}")
 
 
-def find_model(path: Path) -> Path:
+def find_model(path: Path, weights: str | None = None) -> Path:
     """The model file meant by a path: the file itself, a checkpoint folder, or a run's newest checkpoint.
-
-    Averaged weights (``ema.safetensors``) are preferred.
 
     Args:
         path: what the user gave.
+        weights: which of a checkpoint, as ``ema``, ``weights`` or ``power-0.1``; ``None`` takes averaged
+            weights where there are some.
 
     Returns:
         A safetensors file.
@@ -243,18 +243,22 @@ def find_model(path: Path) -> Path:
         (p for p in path.glob("checkpoints/*") if p.name.isdigit()), key=lambda p: int(p.name)
     )
     for folder in [path, *reversed(checkpoints)]:
-        for name in ("ema.safetensors", "weights.safetensors"):
-            if (folder / name).is_file():
-                return folder / name
+        for name in ("ema", "weights") if weights is None else (weights,):
+            if (folder / f"{name}.safetensors").is_file():
+                return folder / f"{name}.safetensors"
+        there = sorted(file.stem for file in folder.glob("*.safetensors"))
+        if there:
+            raise UserError(f"{folder} holds no {weights}.safetensors; choose from {', '.join(there)}")
     raise UserError(f"{path} holds no checkpoint; train first, or give a .safetensors file")
 
 
-def load_pipeline(path: Path, device: torch.device) -> Pipeline:
+def load_pipeline(path: Path, device: torch.device, weights: str | None = None) -> Pipeline:
     """Load a model with its codec and text encoder.
 
     Args:
         path: run folder, checkpoint folder or model file.
         device: where to run.
+        weights: see :func:`find_model`.
 
     Returns:
         The pipeline.
@@ -262,7 +266,7 @@ def load_pipeline(path: Path, device: torch.device) -> Pipeline:
     Raises:
         UserError: if the model cannot be read.
     """
-    config, network, facts = load_model(find_model(path))
+    config, network, facts = load_model(find_model(path, weights))
     process = build_process(config.process, facts.sigma_data)
     denoiser = process.denoiser(network.to(device), PRECISIONS[config.precision])
     codec = build_codec(config.data, device)

@@ -1,0 +1,110 @@
+"""``shoestring eval``: figures of a model, reference statistics, and whether two results may be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from shoestring.runtime import pick_device, say
+
+console = Console()
+DEFAULT = "(a model)"
+
+
+class _Evaluations(TyperGroup):
+    """What is no command of the group is a model to evaluate."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = [DEFAULT, *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0].startswith("--") and args[0] != "--help":
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Evaluations,
+    help="Evaluate a model: shoestring eval CHECKPOINT --protocol NAME. Also: stats, check, protocols.",
+    no_args_is_help=True,
+)
+
+
+@app.command(DEFAULT, hidden=True)
+def run(
+    checkpoint: Annotated[Path, typer.Argument(help="run folder, checkpoint folder or .safetensors file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings of the protocol to change")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="name (see: shoestring eval protocols) or YAML file")
+    ] = "quick",
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the results [default: eval in the run folder]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+) -> None:
+    """Draw what a protocol asks for, and measure it."""
+    from shoestring.config import apply_overrides
+    from shoestring.evaluation.protocol import find_protocol
+    from shoestring.studies.evaluate import Evaluation, evaluate
+    from shoestring.studies.evaluate_page import write_page
+
+    chosen = apply_overrides(find_protocol(protocol), overrides or [])
+    evaluation = Evaluation(checkpoint, chosen, out, pick_device(device), console)
+    result = evaluate(evaluation, console)
+    if result is not None:
+        say(console, f"Report: {write_page(evaluation.folder, result, evaluation.asked.wanted)}")
+
+
+@app.command()
+def stats(
+    pictures: Annotated[Path, typer.Argument(help="folder of pictures")],
+    out: Annotated[Path, typer.Option(help=".npz file to write")],
+    extractor: Annotated[str, typer.Option(help="features, e.g. inception, dinov2-vitl14")] = "inception",
+    weights: Annotated[
+        str | None, typer.Option(help="file, folder or hub name of the extractor's weights")
+    ] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="inception: tensorflow-bilinear (ADM) or pillow-bicubic (clean-fid)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+) -> None:
+    """Make reference statistics of real pictures."""
+    from shoestring.studies.evaluate_stats import make_stats
+
+    made = make_stats(pictures, out, extractor, weights, resize, pick_device(device), console)
+    say(console, f"{out}: mean and covariance of {made.count:,} pictures")
+
+
+@app.command()
+def check(
+    one: Annotated[Path, typer.Argument(help="result.json of an evaluation, or its folder")],
+    other: Annotated[Path, typer.Argument(help="another")],
+) -> None:
+    """Say whether two results may be compared at all, and then their figures side by side."""
+    from shoestring.evaluation.result import compared, read_result
+
+    for line in compared(read_result(one), read_result(other)):
+        say(console, line)
+
+
+@app.command("protocols")
+def list_protocols(
+    name: Annotated[str | None, typer.Argument(help="print this one as YAML")] = None,
+) -> None:
+    """List the protocols in the box, or print one, to save and change."""
+    from shoestring.config import to_yaml
+    from shoestring.evaluation.protocol import find_protocol, protocols
+
+    if name is not None:
+        print(to_yaml(find_protocol(name)))
+        return
+    for each in protocols().values():
+        say(console, f"{each.name:14}{', '.join(each.metrics)}")

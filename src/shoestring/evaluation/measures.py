@@ -1,0 +1,172 @@
+"""The table of metrics: which features each needs, and the figures it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoestring.evaluation.distances import Features, cmmd, frechet_distance, kernel_distance
+from shoestring.evaluation.manifold import overlap
+from shoestring.evaluation.moments import Moments
+from shoestring.evaluation.scores import inception_score
+from shoestring.evaluation.uncertainty import bootstrap_interval
+from shoestring.runtime import UserError
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with what is known of it."""
+
+    value: float
+    low95: float | None = None
+    high95: float | None = None
+    spread: float | None = None
+    """Standard deviation over splits or subsets."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a metric looks at."""
+
+    made: Tensor
+    """Features of the samples, a row each."""
+    real: Features | None
+    """Features of real pictures, or their moments; ``None`` where nothing is compared."""
+    neighbours: int = 3
+    bootstrap: int = 0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric on the features of one extractor."""
+
+    extractor: str
+    compute: Callable[[Compared], dict[str, Figure]]
+    output: int = 0
+    """Which of the extractor's outputs it reads."""
+    compares: bool = True
+    """Whether it needs real pictures."""
+    rows: bool = False
+    """Whether it needs the features of every real picture, not only their moments."""
+    least: int = 2
+    """Samples that it needs."""
+    better: str = "lower"
+    settings: tuple[str, ...] = field(default_factory=tuple)
+    """Settings of a protocol that change it, besides those of all metrics."""
+
+
+def _distance(name: str, distance: Callable[[Tensor, Any], float]) -> Callable[[Compared], dict[str, Figure]]:
+    def compute(given: Compared) -> dict[str, Figure]:
+        value, low, high = distance(given.made, given.real), None, None
+        if given.bootstrap:
+            low, high = bootstrap_interval(
+                lambda rows: distance(rows, given.real), given.made, given.bootstrap
+            )
+        return {name: Figure(value, low, high)}
+
+    return compute
+
+
+def _kernel(name: str) -> Callable[[Compared], dict[str, Figure]]:
+    def compute(given: Compared) -> dict[str, Figure]:
+        assert given.real is not None
+        assert not isinstance(given.real, Moments)
+        found = kernel_distance(given.made, given.real)
+        return {name: Figure(found.mean, spread=found.std)}
+
+    return compute
+
+
+def _overlap(given: Compared) -> dict[str, Figure]:
+    assert given.real is not None
+    assert not isinstance(given.real, Moments)
+    found = overlap(given.real, given.made, given.neighbours)
+    return {
+        "precision": Figure(found.precision),
+        "recall": Figure(found.recall),
+        "density": Figure(found.density),
+        "coverage": Figure(found.coverage),
+    }
+
+
+def _inception_score(given: Compared) -> dict[str, Figure]:
+    found = inception_score(given.made)
+    return {"inception_score": Figure(found.mean, spread=found.std)}
+
+
+MEASURES: Mapping[str, Measure] = {
+    "fid": Measure("inception", _distance("fid", frechet_distance), settings=("resize",)),
+    "sfid": Measure("inception", _distance("sfid", frechet_distance), output=1, settings=("resize",)),
+    "is": Measure(
+        "inception",
+        _inception_score,
+        output=2,
+        compares=False,
+        least=10,
+        better="higher",
+        settings=("resize",),
+    ),
+    "precision-recall": Measure(
+        "inception", _overlap, rows=True, least=4, better="higher", settings=("resize", "neighbours")
+    ),
+    "clip-fid": Measure("clip-vitb32", _distance("clip_fid", frechet_distance)),
+    "fdd": Measure("dinov2-vitl14", _distance("fdd", frechet_distance)),
+    "kdd": Measure("dinov2-vitl14", _kernel("kdd"), rows=True),
+    "cmmd": Measure("clip-vitl14-336", _distance("cmmd", cmmd), rows=True),
+    "fd-efflite0": Measure("efficientnet-lite0", _distance("fd_efflite0", frechet_distance)),
+    "kid-efflite0": Measure("efficientnet-lite0", _kernel("kid_efflite0"), rows=True),
+}
+"""Metrics of the features of samples. Alignment with prompts is measured elsewhere."""
+
+
+def check_enough(metric: str, count: int, reference: Features | None) -> None:
+    """Refuse a metric that what is there does not suffice for.
+
+    Args:
+        metric: a key of ``MEASURES``.
+        count: samples.
+        reference: of real pictures.
+
+    Raises:
+        UserError: saying what is needed, and which metrics can be computed.
+    """
+
+    def possible(measure: Measure) -> bool:
+        only_moments = isinstance(reference, Moments)
+        return count >= measure.least and not (measure.rows and only_moments)
+
+    measure = MEASURES[metric]
+    if possible(measure):
+        return
+    others = ", ".join(name for name, each in MEASURES.items() if possible(each)) or "none"
+    if count < measure.least:
+        raise UserError(
+            f"metric {metric} needs at least {measure.least} pictures, there are {count}; with these can be "
+            f"computed: {others}"
+        )
+    raise UserError(
+        f"metric {metric} needs the features of every real picture, the reference holds only their mean and "
+        f"covariance; take a reference of pictures, or metrics among {others}"
+    )
+
+
+def check_not_degenerate(features_NF: Tensor, what: str) -> str | None:
+    """A sentence on samples of which a distance says little.
+
+    Args:
+        features_NF: a row a picture.
+        what: how the sentence calls them.
+
+    Returns:
+        That all are one picture, or how many are copies of others; ``None`` if neither.
+    """
+    distinct = len(torch.unique(features_NF, dim=0))
+    if distinct == 1:
+        return f"all {len(features_NF)} {what} are one and the same picture"
+    if distinct < len(features_NF):
+        return f"{len(features_NF) - distinct} of {len(features_NF)} {what} are exact copies of others"
+    return None

@@ -1,0 +1,178 @@
+"""Everything that a figure depends on: what is drawn, how, and what it is compared with.
+
+``coco30k``, ``imagenet50k`` and ``ablation30k`` are the published protocols of the papers that this project
+is built on; ``demo``, ``quick`` and ``shapes`` need no download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from shoestring.config import SamplingConfig, load_yaml
+from shoestring.config.base import Frozen, setting
+from shoestring.runtime import UserError
+
+Metric = Literal[
+    "fid",
+    "sfid",
+    "is",
+    "precision-recall",
+    "clip-fid",
+    "fdd",
+    "kdd",
+    "cmmd",
+    "fd-efflite0",
+    "kid-efflite0",
+    "clip-score",
+    "retrieval",
+    "geneval",
+    "shapeeval",
+]
+NOT_RESULTS = ("micro_batch", "chunk")
+"""Settings that change rounding at most: results with others may be compared."""
+
+
+class Protocol(Frozen):
+    """How a model is evaluated."""
+
+    name: str = setting("of the protocol; of its results too")
+    prompts: Literal["training", "held-out", "classes", "file", "geneval", "shapes"] = setting(
+        "what is asked for: captions of the run's training or held-out pictures, its classes in equal "
+        "numbers, a file with a prompt a line, or the prompts of GenEval or ShapeEval"
+    )
+    prompts_file: str | None = setting("prompts=file or geneval: the file; geneval, null: our own", None)
+    count: int | None = setting("pictures; null = one of each prompt and seed", None, ge=1)
+    seeds: tuple[int, ...] = setting(
+        "a picture of each prompt for each; classes: one seed", (1,), min_length=1
+    )
+    weights: str = setting("file of the checkpoint: ema, weights or an average as power-0.1", "ema")
+    sampling: SamplingConfig | None = setting("how pictures are drawn; null = as in the recipe", None)
+    micro_batch: int = setting("pictures at once", 50, ge=1)
+    metrics: tuple[Metric, ...] = setting("what is measured", min_length=1)
+    reference: Literal["training", "held-out", "file", "none"] = setting(
+        "real pictures that distances compare with: the run's own, or statistics in a file", "held-out"
+    )
+    reference_file: str | None = setting(
+        "reference=file: .npz of shoestring eval stats, ADM or clean-fid", None
+    )
+    resize: Literal["tensorflow-bilinear", "pillow-bicubic"] = setting(
+        "fid, sfid, is, precision-recall: how pictures come to 299 px", "tensorflow-bilinear"
+    )
+    neighbours: int = setting("precision-recall: neighbours that a ball reaches to", 3, ge=1)
+    bootstrap: int = setting("rounds of the bootstrap for intervals of distances; 0 = none", 0, ge=0)
+    extractors: Mapping[str, str] = Field(
+        default_factory=dict, description="places of weights by extractor, where they are not the usual ones"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.prompts == "file" and self.prompts_file is None:
+            raise ValueError("prompts is file, but prompts_file is not set")
+        if self.prompts_file is not None and self.prompts not in {"file", "geneval"}:
+            raise ValueError(f"prompts_file is set, but prompts is {self.prompts}; nothing would read it")
+        if (self.reference == "file") != (self.reference_file is not None):
+            raise ValueError("reference=file and reference_file need one another; set both or neither")
+        for metric in ("geneval", "shapeeval"):
+            wanted = {"geneval": "geneval", "shapeeval": "shapes"}[metric]
+            if metric in self.metrics and self.prompts != wanted:
+                raise ValueError(f"metric {metric} needs prompts={wanted}, not {self.prompts}")
+        if "retrieval" in self.metrics and self.prompts != "training":
+            raise ValueError(f"metric retrieval needs prompts=training, not {self.prompts}")
+        if "clip-score" in self.metrics and self.prompts == "classes":
+            raise ValueError("metric clip-score needs captions, not prompts=classes")
+        return self
+
+
+ADM_SUITE: tuple[Metric, ...] = ("fid", "sfid", "is", "precision-recall")
+HEUN_18 = {"sampler": "heun", "steps": 18}
+
+
+def _coco(name: str, guidance: float) -> Protocol:
+    """MicroDiT's: captions of COCO 2014 validation at 256 px."""
+    return Protocol(
+        name=name,
+        prompts="file",
+        prompts_file="coco2014-val-30k.txt",
+        reference="file",
+        reference_file="coco2014-val-256.npz",
+        metrics=("fid", "clip-fid", "clip-score"),
+        sampling=SamplingConfig(**HEUN_18, guidance=guidance),
+        resize="pillow-bicubic",
+    )
+
+
+def protocols() -> dict[str, Protocol]:
+    """The protocols in the box, by name."""
+    return {
+        "quick": Protocol(
+            name="quick",
+            prompts="held-out",
+            count=64,
+            metrics=("kid-efflite0", "fd-efflite0"),
+            micro_batch=32,
+        ),
+        "demo": Protocol(
+            name="demo",
+            prompts="training",
+            seeds=(1, 2),
+            metrics=("retrieval", "kid-efflite0", "fd-efflite0"),
+            bootstrap=100,
+        ),
+        "shapes": Protocol(name="shapes", prompts="shapes", metrics=("shapeeval",), reference="none"),
+        "coco30k": _coco("coco30k", 1.5),
+        "ablation30k": _coco("ablation30k", 1.5),
+        "imagenet50k": Protocol(
+            name="imagenet50k",
+            prompts="classes",
+            count=50_000,
+            reference="file",
+            reference_file="VIRTUAL_imagenet256_labeled.npz",
+            metrics=ADM_SUITE,
+            sampling=SamplingConfig(sampler="heun", steps=40, guidance=1.0),
+        ),
+    }
+
+
+def find_protocol(name: str) -> Protocol:
+    """A protocol of the box, or of a YAML file.
+
+    Args:
+        name: of one, or path of a file.
+
+    Returns:
+        The protocol.
+
+    Raises:
+        UserError: if there is none, or a setting is wrong.
+    """
+    known = protocols()
+    if name in known:
+        return known[name]
+    if Path(name).suffix in {".yaml", ".yml"} or Path(name).exists():
+        return load_yaml(name, Protocol)
+    raise UserError(f"protocol is {name!r}; choose from {', '.join(known)}, or give a YAML file")
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> list[str]:
+    """What keeps two results from being compared: settings and facts that differ.
+
+    Args:
+        one: settings and facts of a result, nested.
+        other: those of another.
+        above: name of the setting that both are values of.
+
+    Returns:
+        A phrase for each, ``sampling.guidance: 1.5 and 2``.
+    """
+    found = []
+    for key in sorted({*one, *other}):
+        a, b, name = one.get(key), other.get(key), f"{above}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{name}.")
+        elif a != b and key not in NOT_RESULTS:
+            found.append(f"{name}: {a} and {b}")
+    return found

@@ -1,0 +1,285 @@
+"""``shoestring eval``: pictures by number, figures with what they depend on, mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from shoestring.config import apply_overrides, parse_yaml, to_yaml
+from shoestring.evaluation.drawing import Wish, draw, picture_file, pictures_of, wishes
+from shoestring.evaluation.measures import MEASURES, check_enough, check_not_degenerate
+from shoestring.evaluation.moments import Moments
+from shoestring.evaluation.protocol import Protocol, differences, find_protocol, protocols
+from shoestring.evaluation.result import compared, read_result
+from shoestring.runtime import UserError
+from shoestring.sampling.generate import load_pipeline
+from shoestring.studies.evaluate import Evaluation, evaluate
+from shoestring.studies.evaluate_page import write_page
+from shoestring.training.loop import train
+
+QUIET = Console(quiet=True)
+CPU = torch.device("cpu")
+RECIPE = """
+name: tiny
+precision: fp32
+model:
+  in_channels: 3
+  caption_dim: 256
+  patch_size: 4
+  dim: 32
+  depth: 2
+  head_dim: 16
+  ffn_multiple_of: 16
+  mixer: {depth: 1, dim: 32}
+  experts: {count: 2}
+  mask_captions: true
+data: {source: shapes, max_captions: 20, text_encoder: hashing, max_tokens: 12}
+stages:
+  - {name: s, nimg: 64, batch: 8, resolution: 24, mask_ratio: 0.5, lr: 0.002}
+sampling: {steps: 2, guidance: 1.5}
+logging: {validation_images: 4, tensorboard: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert train(parse_yaml(RECIPE), folder, QUIET)
+    return folder
+
+
+def small(name: str, *changes: str) -> Protocol:
+    return apply_overrides(find_protocol(name), ["micro_batch=8", *changes])
+
+
+# -- pictures ----------------------------------------------------------------------------------------------
+
+
+def drawn(run: Path, folder: Path, micro_batch: int, shares: int = 1) -> Tensor:
+    pipeline = load_pipeline(run, CPU)
+    wanted = wishes(["a red circle", "", "two blue squares"], (1, 2, 3))
+    for i in reversed(range(shares)):
+        draw(pipeline, folder, wanted, pipeline.config.sampling, micro_batch, (i, shares))
+    return pictures_of(folder, wanted)
+
+
+def test_pictures_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: Path) -> None:
+    one = drawn(run, tmp_path / "one", 2)
+    for shares in (2, 3):
+        assert torch.equal(drawn(run, tmp_path / f"{shares}", 2, shares), one)
+
+
+def test_pictures_hardly_depend_on_the_batch(run: Path, tmp_path: Path) -> None:
+    one = drawn(run, tmp_path / "one", 1)
+    for batch in (7, 64):
+        apart = (drawn(run, tmp_path / f"{batch}", batch).int() - one.int()).abs()
+        assert (apart <= 1).double().mean() >= 0.999
+
+
+def test_pictures_that_are_there_are_kept_and_others_drawn_alike(run: Path, tmp_path: Path) -> None:
+    first = drawn(run, tmp_path, 4)
+    files = sorted(tmp_path.rglob("*.png"))
+    assert len(files) == 9
+    before = {file: file.stat().st_mtime_ns for file in files}
+    files[3].unlink()
+    again = drawn(run, tmp_path, 4)
+    assert torch.equal(again, first)
+    assert sum(file.stat().st_mtime_ns != before[file] for file in files) <= 4  # one batch of them
+    with Image.open(picture_file(tmp_path, Wish(2, "", 3))) as picture:
+        made = json.loads(picture.info["shoestring"])
+    assert (made["prompt"], made["seed"], made["index"]) == ("two blue squares", 3, 2)
+
+
+# -- evaluations -------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_says_everything_and_is_not_done_twice(run: Path, tmp_path: Path) -> None:
+    protocol = small("demo", "seeds=[1]", "bootstrap=10")
+    evaluation = Evaluation(run, protocol, tmp_path, CPU, QUIET)
+    result = evaluate(evaluation, QUIET)
+    assert result is not None
+    figures = result.figures
+    assert {
+        "retrieval_top1",
+        "kid_efflite0",
+        "fd_efflite0",
+        "fd_efflite0_floor",
+        "near_copies",
+    } <= figures.keys()
+    assert figures["fd_efflite0"].low95 < figures["fd_efflite0"].value < figures["fd_efflite0"].high95
+    assert figures["fd_efflite0_floor"].value < figures["fd_efflite0"].value
+    kept = read_result(evaluation.folder)
+    assert kept["facts"]["pictures"] == 20
+    assert kept["facts"]["reference"]["pictures"] == 600
+    assert set(kept["facts"]["extractors"]) == {"efficientnet-lite0"}
+    assert Protocol.model_validate_json(json.dumps(kept["protocol"])) == protocol
+    assert kept["model"]["images_seen"] == 64
+    assert (evaluation.folder / "row.md").read_text().count("|") > 20
+    page = write_page(evaluation.folder, result, evaluation.asked.wanted).read_text()
+    assert "fd_efflite0" in page
+    assert "a batch of" not in page
+    pictures = {file: file.stat().st_mtime_ns for file in evaluation.folder.rglob("*.png")}
+    again = Evaluation(run, protocol, tmp_path, CPU, QUIET)
+    assert again.folder == evaluation.folder
+    assert evaluate(again, QUIET).figures == figures
+    assert all(file.stat().st_mtime_ns == time for file, time in pictures.items())
+
+
+def test_other_processes_draw_and_the_first_one_measures(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoestring.studies.evaluate.SHAPE_PROMPTS", 3)
+    protocol = small("shapes")
+    alone = evaluate(Evaluation(run, protocol, tmp_path / "alone", CPU, QUIET), QUIET)
+    for i in (2, 1):
+        assert evaluate(Evaluation(run, protocol, tmp_path / "shared", CPU, QUIET, (i, 3)), QUIET) is None
+    shared = evaluate(Evaluation(run, protocol, tmp_path / "shared", CPU, QUIET, (0, 3)), QUIET)
+    assert shared.figures == alone.figures
+
+
+def test_shapeeval_judges_the_six_tasks(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoestring.studies.evaluate.SHAPE_PROMPTS", 3)
+    evaluation = Evaluation(run, small("shapes"), tmp_path, CPU, QUIET)
+    result = evaluate(evaluation, QUIET)
+    assert len(evaluation.asked.wanted) == 18
+    assert len(result.figures) == 7
+    assert result.figures["shapeeval"].value == pytest.approx(
+        np.mean([figure.value for name, figure in result.figures.items() if name != "shapeeval"])
+    )
+
+
+def test_another_weights_file_is_another_result(run: Path, tmp_path: Path) -> None:
+    ema, raw = (
+        Evaluation(run, small("quick", "count=4", f"weights={name}"), tmp_path, CPU, QUIET)
+        for name in ("ema", "weights")
+    )
+    assert ema.file.name == "ema.safetensors"
+    assert raw.folder != ema.folder
+    assert not differences(raw.facts, ema.facts)
+
+
+# -- may they be compared? ---------------------------------------------------------------------------------
+
+
+def test_results_are_compared_only_if_they_may_be(run: Path, tmp_path: Path) -> None:
+    found = []
+    for change in ("seeds=[1]", "seeds=[2]"):
+        evaluation = Evaluation(run, small("quick", "count=12", change), tmp_path, CPU, QUIET)
+        evaluate(evaluation, QUIET)
+        found.append(read_result(evaluation.folder))
+    a, c = found
+    b = a | {"model": {"name": "another"}}
+    assert compared(a, b)[0].startswith("Comparable")
+    assert len(compared(a, b)) == 1 + len(a["figures"])
+    assert compared(a, c)[0].startswith("Not comparable: prompts: ")
+    assert "seeds: [1] and [2]" in compared(a, c)[0]
+    with pytest.raises(UserError, match="is no result of shoestring eval"):
+        read_result(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="lacks protocol, facts or figures"):
+        read_result(tmp_path)
+
+
+# -- protocols and mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", protocols())
+def test_protocols_are_written_and_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(to_yaml(protocols()[name]))
+    assert find_protocol(str(path)) == find_protocol(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["metrics=[fid, nothing]"], "metrics.1 is 'nothing'; it must be fid, sfid"),
+        (["count_=2"], "unknown key 'count_'; did you mean 'count'?"),
+        (["prompts=file"], "prompts is file, but prompts_file is not set"),
+        (["prompts_file=x.txt"], "prompts_file is set, but prompts is held-out; nothing would read it"),
+        (["reference=file"], "need one another"),
+        (["metrics=[geneval]"], "metric geneval needs prompts=geneval, not held-out"),
+        (["metrics=[retrieval]"], "metric retrieval needs prompts=training"),
+        (["count=0"], "count is 0; it must be a whole number of at least 1"),
+    ],
+)
+def test_wrong_protocols_are_sentences(changes: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        apply_overrides(find_protocol("quick"), changes)
+
+
+def test_mistakes_are_sentences(run: Path, tmp_path: Path, mistake) -> None:
+    assert "protocol is 'nothing'; choose from quick, demo" in mistake("eval", run, "--protocol", "nothing")
+    assert "does not exist" in mistake("eval", tmp_path / "none")
+    assert "holds no power-0.1.safetensors; choose from ema, weights" in mistake(
+        "eval", run, "weights=power-0.1"
+    )
+    assert "prompts=classes, but the model's condition is text" in mistake(
+        "eval", run, "prompts=classes", "--out", tmp_path
+    )
+    assert "cannot read prompts_file none.txt" in mistake(
+        "eval", run, "prompts=file", "prompts_file=none.txt"
+    )
+    said = mistake("eval", run, "count=100000", "--out", tmp_path)
+    assert "count is 100,000, but" in said
+    assert "lower it, or add seeds" in said
+    assert "reference is none" in mistake(
+        "eval", run, "count=4", "micro_batch=4", "reference=none", "--out", tmp_path
+    )
+    np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
+    words = ["metrics=[fd-efflite0]", "reference=file", f"reference_file={tmp_path / 'other.npz'}"]
+    said = mistake("eval", run, "count=4", "micro_batch=4", *words, "--out", tmp_path)
+    assert "holds statistics of 7 features, and efficientnet-lite0 gives 1280" in said
+    (tmp_path / "empty").mkdir()
+    stats = ("eval", "stats", tmp_path / "empty", "--out", tmp_path / "s.npz")
+    assert "holds 0 pictures; at least 2" in mistake(*stats)
+    assert "ends in .npz" in mistake("eval", "stats", tmp_path, "--out", "stats.txt")
+
+
+def test_statistics_of_a_folder_serve_as_reference(run: Path, tmp_path: Path, mistake, capsys) -> None:
+    from shoestring.cli.main import app
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(pictures / f"{i}.png")
+    out = tmp_path / "stats.npz"
+    words = ["eval", "stats", str(pictures), "--out", str(out), "--extractor", "efficientnet-lite0"]
+    app(words, standalone_mode=False)
+    place = ["reference=file", f"reference_file={out}"]
+    protocol = small("quick", "count=6", "metrics=[fd-efflite0]", *place)
+    result = evaluate(Evaluation(run, protocol, tmp_path / "eval", CPU, QUIET), QUIET)
+    assert result.figures["fd_efflite0"].value > 0
+    (pictures / "broken.png").write_bytes(b"no picture")
+    assert "cannot be read as a picture" in mistake(*words)
+    made = tmp_path / "made.npz"
+    shutil.copy(out, made)
+    wrong = apply_overrides(protocol, [f"reference_file={made}", "metrics=[kid-efflite0]"])
+    with pytest.raises(UserError, match=r"needs the features of every real picture.*fd-efflite0"):
+        evaluate(Evaluation(run, wrong, tmp_path / "eval", CPU, QUIET), QUIET)
+
+
+def test_too_few_pictures_and_copies() -> None:
+    moments = Moments.of(torch.randn(5, 3, dtype=torch.float64))
+    check_enough("fid", 2, moments)
+    with pytest.raises(
+        UserError, match=r"needs at least 10 pictures, there are 3; .* be computed: fid, sfid"
+    ):
+        check_enough("is", 3, moments)
+    with pytest.raises(UserError, match="holds only their mean and covariance"):
+        check_enough("precision-recall", 50, moments)
+    rows = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])
+    assert check_not_degenerate(rows, "pictures drawn") == "1 of 3 pictures drawn are exact copies of others"
+    assert "one and the same" in check_not_degenerate(rows[:2], "pictures drawn")
+    assert check_not_degenerate(rows[1:], "pictures drawn") is None
+    assert all(measure.extractor for measure in MEASURES.values())
