@@ -116,8 +116,8 @@ def clip_folder(folder: Path) -> Path:
     (folder / "merges.txt").write_text("#version: 0.2\n")
     transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
     config = transformers.CLIPConfig(
-        text_config=common | {"vocab_size": len(words), "max_position_embeddings": 64},
-        vision_config=common | {"image_size": 32, "patch_size": 16},
+        text_config=common | {"vocab_size": len(words), "max_position_embeddings": 64, "projection_dim": 12},
+        vision_config=common | {"image_size": 32, "patch_size": 16, "projection_dim": 12},
         projection_dim=12,
     )
     model = transformers.CLIPModel(config)

@@ -14,15 +14,20 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+import forks
 from shoestring.config import apply_overrides, parse_yaml, to_yaml
+from shoestring.evaluation.alignment import clip_scores
 from shoestring.evaluation.drawing import Wish, draw, picture_file, pictures_of, wishes
+from shoestring.evaluation.features import HUB
+from shoestring.evaluation.geneval import TASKS
 from shoestring.evaluation.measures import MEASURES, check_enough, check_not_degenerate
 from shoestring.evaluation.moments import Moments
 from shoestring.evaluation.protocol import Protocol, differences, find_protocol, protocols
 from shoestring.evaluation.result import compared, read_result
 from shoestring.runtime import UserError
 from shoestring.sampling.generate import load_pipeline
-from shoestring.studies.evaluate import Evaluation, evaluate
+from shoestring.studies.evaluate import Evaluation
+from shoestring.studies.evaluate_figures import evaluate
 from shoestring.studies.evaluate_page import write_page
 from shoestring.training.loop import train
 
@@ -134,16 +139,18 @@ def test_an_evaluation_says_everything_and_is_not_done_twice(run: Path, tmp_path
     assert all(file.stat().st_mtime_ns == time for file, time in pictures.items())
 
 
-def test_other_processes_draw_and_the_first_one_measures(
+def test_several_processes_draw_what_one_draws(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoestring.studies.evaluate.SHAPE_PROMPTS", 3)
-    protocol = small("shapes")
-    alone = evaluate(Evaluation(run, protocol, tmp_path / "alone", CPU, QUIET), QUIET)
-    for i in (2, 1):
-        assert evaluate(Evaluation(run, protocol, tmp_path / "shared", CPU, QUIET, (i, 3)), QUIET) is None
-    shared = evaluate(Evaluation(run, protocol, tmp_path / "shared", CPU, QUIET, (0, 3)), QUIET)
-    assert shared.figures == alone.figures
+    words = ["eval", run, "--protocol", "shapes", "micro_batch=50"]
+    for name, more in (("alone", []), ("shared", ["--nproc", 2])):
+        done = forks.shoestring(*words, "--out", tmp_path / name, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    alone, shared = (read_result(next((tmp_path / name).glob("shapes-*"))) for name in ("alone", "shared"))
+    assert alone["figures"] == shared["figures"]
+    for file in (tmp_path / "alone").rglob("*.png"):
+        other = tmp_path / "shared" / file.relative_to(tmp_path / "alone")
+        assert other.read_bytes() == file.read_bytes()
 
 
 def test_shapeeval_judges_the_six_tasks(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +162,39 @@ def test_shapeeval_judges_the_six_tasks(run: Path, tmp_path: Path, monkeypatch: 
     assert result.figures["shapeeval"].value == pytest.approx(
         np.mean([figure.value for name, figure in result.figures.items() if name != "shapeeval"])
     )
+
+
+def test_alignment_by_networks_of_the_hub(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny ones with drawn weights: that they are asked the right things."""
+    from test_detection import clip_folder, detector_folder
+
+    clip, detector = clip_folder(tmp_path / "clip"), detector_folder(tmp_path / "detector")
+    monkeypatch.setitem(HUB, "clip-vitl14", ("", 32, HUB["clip-vitl14"][2]))
+    monkeypatch.setattr("shoestring.evaluation.geneval.SIZES", dict.fromkeys(TASKS, 2))
+    for change in (
+        ["metrics=[clip-score]", "count=6", f"extractors={{clip-vitl14: {clip}}}"],
+        [
+            "metrics=[geneval]",
+            "prompts=geneval",
+            "count=null",
+            f"extractors={{detector: {detector}, colours: {clip}}}",
+        ],
+    ):
+        protocol = small("quick", "reference=none", *change)
+        found = evaluate(Evaluation(run, protocol, tmp_path, CPU, QUIET), QUIET).figures
+        if "clip_score_clip-vitl14" in found:
+            figure = found["clip_score_clip-vitl14"]
+            assert figure.low95 < figure.value < figure.high95
+        else:
+            assert set(found) == {"geneval", *(f"geneval_{task}" for task in TASKS)}
+
+
+def test_clip_scores_are_cosines_of_rows() -> None:
+    a = torch.tensor([[3.0, 4.0], [1.0, 0.0], [1.0, 1.0]])
+    b = torch.tensor([[4.0, 3.0], [-2.0, 0.0], [0.0, 5.0]])
+    assert clip_scores(a, b).tolist() == pytest.approx([96.0, 0.0, 100 / 2**0.5])
+    with pytest.raises(ValueError, match="must agree"):
+        clip_scores(a, b[:2])
 
 
 def test_another_weights_file_is_another_result(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from shoestring.cli.options import resumable
 from shoestring.runtime import pick_device, say
 
 console = Console()
@@ -49,18 +52,36 @@ def run(
         Path | None, typer.Option(help="folder of the results [default: eval in the run folder]")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+    nproc: Annotated[
+        int | None, typer.Option(help="processes that draw, one a GPU [default: 1]", min=1)
+    ] = None,
 ) -> None:
-    """Draw what a protocol asks for, and measure it."""
+    """Draw what a protocol asks for, and measure it; interrupted, the same command goes on."""
+    import torch
+
     from shoestring.config import apply_overrides
     from shoestring.evaluation.protocol import find_protocol
-    from shoestring.studies.evaluate import Evaluation, evaluate
+    from shoestring.studies.evaluate import Evaluation
+    from shoestring.studies.evaluate_figures import evaluate
     from shoestring.studies.evaluate_page import write_page
+    from shoestring.training.launch import Launcher, check_gpus, launched, without_nproc
 
     chosen = apply_overrides(find_protocol(protocol), overrides or [])
+    if launched():  # one of several that only draw
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        quiet = Console(quiet=rank > 0)
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
+        Evaluation(checkpoint, chosen, out, place or pick_device(device), quiet, (rank, ranks)).draw()
+        return
     evaluation = Evaluation(checkpoint, chosen, out, pick_device(device), console)
-    result = evaluate(evaluation, console)
-    if result is not None:
-        say(console, f"Report: {write_page(evaluation.folder, result, evaluation.asked.wanted)}")
+    if nproc is not None and nproc > 1:
+        check_gpus(nproc)
+        code = Launcher(without_nproc(sys.argv[1:]), nproc, evaluation.folder, console).run()
+        if code:
+            raise typer.Exit(code)
+    with resumable():
+        result = evaluate(evaluation, console)
+    say(console, f"Report: {write_page(evaluation.folder, result, evaluation.asked.wanted)}")
 
 
 @app.command()

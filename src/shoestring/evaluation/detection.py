@@ -125,7 +125,9 @@ class Mask2FormerDetector:
         (found,) = self._processor.post_process_instance_segmentation(
             outputs, threshold=THRESHOLD, target_sizes=[picture.shape[1:]], return_binary_maps=True
         )
-        detections = []
+        detections: list[Detection] = []
+        if not found["segments_info"]:  # then there is one map of -1 in the place of masks
+            return detections
         for mask_HW, segment in zip(found["segmentation"], found["segments_info"], strict=True):
             name, mask = self._names.get(segment["label_id"]), mask_HW.cpu().bool().numpy()
             if name is not None and mask.any():

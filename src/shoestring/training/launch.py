@@ -197,6 +197,19 @@ def check_ranks(config: RunConfig, ranks: int) -> None:
     Raises:
         UserError: if there are fewer GPUs, a batch cannot be shared evenly, or this is a process of torchrun.
     """
+    check_gpus(ranks)
+    check_batches(config, ranks)
+
+
+def check_gpus(ranks: int) -> None:
+    """Refuse a number of processes that the machine does not allow.
+
+    Args:
+        ranks: processes on this machine.
+
+    Raises:
+        UserError: if there are fewer GPUs, or this is a process of torchrun.
+    """
     gpus = torch.cuda.device_count()
     if gpus and ranks > gpus:
         raise UserError(
@@ -204,7 +217,6 @@ def check_ranks(config: RunConfig, ranks: int) -> None:
         )
     if launched():
         raise UserError("--nproc was given to a process of torchrun; leave one of the two out")
-    check_batches(config, ranks)
 
 
 def lost_another(error: RuntimeError) -> bool:
