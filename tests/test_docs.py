@@ -123,6 +123,16 @@ def test_the_commands_of_the_training_page_work_in_order(root: Path, workplace: 
 
 
 @pytest.mark.slow
+def test_the_commands_of_the_evaluation_page_work(root: Path, workplace: Path) -> None:
+    commands = commands_of(root / "docs" / "evaluation.md")
+    assert len(commands) >= 3
+    for command in commands:
+        plain, _, target = command.partition(" > ")
+        run(workplace, small_version(plain), workplace / target if target else None)
+    assert list((workplace / "runs" / "demo" / "eval").glob("demo-*/report.html"))
+
+
+@pytest.mark.slow
 def test_the_walk_of_the_data_page_works_in_order(root: Path, shared: Path, workplace: Path) -> None:
     cifar = workplace / "cifar"
     cifar.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from shoestring.evaluation.alignment import clip_scores
 from shoestring.evaluation.drawing import Wish, draw, picture_file, pictures_of, wishes
 from shoestring.evaluation.features import HUB
 from shoestring.evaluation.geneval import TASKS
-from shoestring.evaluation.measures import MEASURES, check_enough, check_not_degenerate
+from shoestring.evaluation.measures import MEASURES, Figure, check_enough, check_not_degenerate
 from shoestring.evaluation.moments import Moments
 from shoestring.evaluation.protocol import Protocol, differences, find_protocol, protocols
 from shoestring.evaluation.result import compared, read_result
@@ -29,6 +30,7 @@ from shoestring.sampling.generate import load_pipeline
 from shoestring.studies.evaluate import Evaluation
 from shoestring.studies.evaluate_figures import evaluate
 from shoestring.studies.evaluate_page import write_page
+from shoestring.studies.evaluate_sweep import Point, best, sweep
 from shoestring.training.loop import train
 
 QUIET = Console(quiet=True)
@@ -108,7 +110,7 @@ def test_pictures_that_are_there_are_kept_and_others_drawn_alike(run: Path, tmp_
 
 
 def test_an_evaluation_says_everything_and_is_not_done_twice(run: Path, tmp_path: Path) -> None:
-    protocol = small("demo", "seeds=[1]", "bootstrap=10")
+    protocol = small("demo", "bootstrap=10")
     evaluation = Evaluation(run, protocol, tmp_path, CPU, QUIET)
     result = evaluate(evaluation, QUIET)
     assert result is not None
@@ -123,15 +125,18 @@ def test_an_evaluation_says_everything_and_is_not_done_twice(run: Path, tmp_path
     assert figures["fd_efflite0"].low95 < figures["fd_efflite0"].value < figures["fd_efflite0"].high95
     assert figures["fd_efflite0_floor"].value < figures["fd_efflite0"].value
     kept = read_result(evaluation.folder)
-    assert kept["facts"]["pictures"] == 20
+    assert kept["facts"]["pictures"] == 40
+    assert len(kept["nearest"]) == 40
+    assert 0 < figures["diversity"].value < 1
+    assert figures["nearest_cosine"].value < 1
     assert kept["facts"]["reference"]["pictures"] == 600
     assert set(kept["facts"]["extractors"]) == {"efficientnet-lite0"}
     assert Protocol.model_validate_json(json.dumps(kept["protocol"])) == protocol
     assert kept["model"]["images_seen"] == 64
     assert (evaluation.folder / "row.md").read_text().count("|") > 20
-    page = write_page(evaluation.folder, result, evaluation.asked.wanted).read_text()
+    page = write_page(evaluation, result).read_text()
     assert "fd_efflite0" in page
-    assert "a batch of" not in page
+    assert "Nearest training pictures" in page
     pictures = {file: file.stat().st_mtime_ns for file in evaluation.folder.rglob("*.png")}
     again = Evaluation(run, protocol, tmp_path, CPU, QUIET)
     assert again.folder == evaluation.folder
@@ -159,6 +164,9 @@ def test_shapeeval_judges_the_six_tasks(run: Path, tmp_path: Path, monkeypatch: 
     result = evaluate(evaluation, QUIET)
     assert len(evaluation.asked.wanted) == 18
     assert len(result.figures) == 7
+    page = write_page(evaluation, result).read_text()
+    assert "The best by shapeeval" in page
+    assert "The worst by shapeeval" in page
     assert result.figures["shapeeval"].value == pytest.approx(
         np.mean([figure.value for name, figure in result.figures.items() if name != "shapeeval"])
     )
@@ -207,6 +215,50 @@ def test_another_weights_file_is_another_result(run: Path, tmp_path: Path) -> No
     assert not differences(raw.facts, ema.facts)
 
 
+# -- sweeps ------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_finds_the_best_settings_from_the_same_noise(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoestring.studies.evaluate.SHAPE_PROMPTS", 2)
+    # Colours of pictures as figures: they change with guidance and steps, and need no extractor.
+    monkeypatch.setattr("shoestring.studies.evaluate_figures.Measuring._shapes", darkness)
+    axes = {"guidance": ["1", "3"], "steps": ["1", "2"], "sampler": [], "weights": ["ema"]}
+    folder, points = sweep(run, small("shapes"), axes, tmp_path, CPU, QUIET)
+    assert len(points) == 4
+    rows = list(csv.DictReader((folder / "sweep.csv").open()))
+    assert [(row["guidance"], row["steps"]) for row in rows] == [
+        ("1", "1"),
+        ("1", "2"),
+        ("3", "1"),
+        ("3", "2"),
+    ]
+    values = [float(row["darkness"]) for row in rows]
+    assert len(set(values)) == 4
+    lowest = points[values.index(min(values))]
+    assert best(points, "darkness") == lowest
+    card = json.loads((run / "card.json").read_text())["shapes"]["best"]["darkness"]
+    assert card == {**lowest.settings, "value": min(values)}
+    page = (folder / "sweep.html").read_text()
+    assert page.count("rgba(") == 4
+    assert "lower is better" in page
+    with pytest.raises(UserError, match="needs values of at least one of --guidance, --steps"):
+        sweep(run, small("shapes"), {}, tmp_path, CPU, QUIET)
+    with pytest.raises(UserError, match=r"sampling.steps is 0"):
+        sweep(run, small("shapes"), {"steps": ["0"]}, tmp_path, CPU, QUIET)
+
+
+def darkness(self, pictures: Tensor, result) -> dict[str, Figure]:
+    return {"darkness": Figure(255 - pictures.double().mean().item())}
+
+
+def test_higher_is_better_for_some_figures() -> None:
+    points = [Point({"steps": str(i)}, {"recall": i / 10, "fid": float(i)}) for i in range(3)]
+    assert best(points, "recall") == points[2]
+    assert best(points, "fid") == points[0]
+
+
 # -- may they be compared? ---------------------------------------------------------------------------------
 
 
@@ -249,6 +301,7 @@ def test_protocols_are_written_and_read(name: str, tmp_path: Path) -> None:
         (["reference=file"], "need one another"),
         (["metrics=[geneval]"], "metric geneval needs prompts=geneval, not held-out"),
         (["metrics=[retrieval]"], "metric retrieval needs prompts=training"),
+        (["metrics=[diversity]"], "metric diversity needs two seeds or more, not [1]"),
         (["count=0"], "count is 0; it must be a whole number of at least 1"),
     ],
 )

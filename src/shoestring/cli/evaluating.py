@@ -34,7 +34,7 @@ class _Evaluations(TyperGroup):
 
 app = typer.Typer(
     cls=_Evaluations,
-    help="Evaluate a model: shoestring eval CHECKPOINT --protocol NAME. Also: stats, check, protocols.",
+    help="Evaluate a model: shoestring eval CHECKPOINT --protocol NAME. Also: sweep, stats, check.",
     no_args_is_help=True,
 )
 
@@ -81,7 +81,36 @@ def run(
             raise typer.Exit(code)
     with resumable():
         result = evaluate(evaluation, console)
-    say(console, f"Report: {write_page(evaluation.folder, result, evaluation.asked.wanted)}")
+    say(console, f"Report: {write_page(evaluation, result)}")
+
+
+@app.command()
+def sweep(
+    checkpoint: Annotated[Path, typer.Argument(help="run folder, checkpoint folder or .safetensors file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings of the protocol to change")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="name (shoestring eval protocols) or YAML file")] = "quick",
+    guidance: Annotated[str, typer.Option(help="scales, as 1,1.5,2")] = "",
+    steps: Annotated[str, typer.Option(help="noise levels, as 10,20")] = "",
+    sampler: Annotated[str, typer.Option(help="samplers, as heun,euler")] = "",
+    weights: Annotated[str, typer.Option(help="files of the checkpoint, as ema,power-0.1")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the results [default: eval in the run folder]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+) -> None:
+    """Evaluate all combinations of some settings from the same noise: table, heat maps, best settings."""
+    from shoestring.config import apply_overrides
+    from shoestring.evaluation.protocol import find_protocol
+    from shoestring.studies.evaluate_sweep import sweep as run_sweep
+
+    chosen = apply_overrides(find_protocol(protocol), overrides or [])
+    given = {"guidance": guidance, "steps": steps, "sampler": sampler, "weights": weights}
+    axes = {name: [v.strip() for v in text.split(",") if v.strip()] for name, text in given.items()}
+    with resumable():
+        folder, _ = run_sweep(checkpoint, chosen, axes, out, pick_device(device), console)
+    say(console, f"Table: {folder / 'sweep.csv'}, heat maps: {folder / 'sweep.html'}")
 
 
 @app.command()

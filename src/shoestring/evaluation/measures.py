@@ -54,7 +54,6 @@ class Measure:
     """Whether it needs the features of every real picture, not only their moments."""
     least: int = 2
     """Samples that it needs."""
-    better: str = "lower"
     settings: tuple[str, ...] = field(default_factory=tuple)
     """Settings of a protocol that change it, besides those of all metrics."""
 
@@ -107,12 +106,9 @@ MEASURES: Mapping[str, Measure] = {
         output=2,
         compares=False,
         least=10,
-        better="higher",
         settings=("resize",),
     ),
-    "precision-recall": Measure(
-        "inception", _overlap, rows=True, least=4, better="higher", settings=("resize", "neighbours")
-    ),
+    "precision-recall": Measure("inception", _overlap, rows=True, least=4, settings=("resize", "neighbours")),
     "clip-fid": Measure("clip-vitb32", _distance("clip_fid", frechet_distance)),
     "fdd": Measure("dinov2-vitl14", _distance("fdd", frechet_distance)),
     "kdd": Measure("dinov2-vitl14", _kernel("kdd"), rows=True),
@@ -121,6 +117,21 @@ MEASURES: Mapping[str, Measure] = {
     "kid-efflite0": Measure("efficientnet-lite0", _kernel("kid_efflite0"), rows=True),
 }
 """Metrics of the features of samples. Alignment with prompts is measured elsewhere."""
+
+
+HIGHER_IS_BETTER = (
+    "inception_score",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "clip_score",
+    "retrieval",
+    "geneval",
+    "shapeeval",
+    "diversity",
+)
+"""Beginnings of the names of figures that are better when they are higher; of others, lower is better."""
 
 
 def check_enough(metric: str, count: int, reference: Features | None) -> None:

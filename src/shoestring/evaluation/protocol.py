@@ -29,6 +29,8 @@ Metric = Literal[
     "kid-efflite0",
     "clip-score",
     "retrieval",
+    "nearest",
+    "diversity",
     "geneval",
     "shapeeval",
 ]
@@ -82,6 +84,8 @@ class Protocol(Frozen):
                 raise ValueError(f"metric {metric} needs prompts={wanted}, not {self.prompts}")
         if "retrieval" in self.metrics and self.prompts != "training":
             raise ValueError(f"metric retrieval needs prompts=training, not {self.prompts}")
+        if "diversity" in self.metrics and len(self.seeds) < 2:
+            raise ValueError(f"metric diversity needs two seeds or more, not {list(self.seeds)}")
         if "clip-score" in self.metrics and self.prompts == "classes":
             raise ValueError("metric clip-score needs captions, not prompts=classes")
         return self
@@ -119,7 +123,7 @@ def protocols() -> dict[str, Protocol]:
             name="demo",
             prompts="training",
             seeds=(1, 2),
-            metrics=("retrieval", "kid-efflite0", "fd-efflite0"),
+            metrics=("retrieval", "kid-efflite0", "fd-efflite0", "nearest", "diversity"),
             bootstrap=100,
         ),
         "shapes": Protocol(name="shapes", prompts="shapes", metrics=("shapeeval",), reference="none"),

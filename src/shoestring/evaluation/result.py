@@ -23,6 +23,10 @@ class Result:
     model: dict[str, Any]
     figures: dict[str, Figure] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    """Of every picture, higher is better; by them the page shows the best and the worst."""
+    nearest: list[int] = field(default_factory=list)
+    """Number of the training picture nearest to each."""
     made: dict[str, Any] = field(default_factory=dict)
     """When, where, how long, and with which versions."""
 
@@ -37,6 +41,8 @@ class Result:
                 for name, f in self.figures.items()
             },
             "warnings": self.warnings,
+            "scores": self.scores,
+            "nearest": self.nearest,
             "made": self.made,
         }
         return json.dumps(rows, indent=1) + "\n"

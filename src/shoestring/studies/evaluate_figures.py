@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +34,7 @@ from shoestring.evaluation.measures import (
     check_not_degenerate,
 )
 from shoestring.evaluation.moments import Moments, read_moments
+from shoestring.evaluation.neighbours import diversity, nearest_training
 from shoestring.evaluation.result import Result, in_words, markdown
 from shoestring.evaluation.retrieval import near_copy_mask, retrieval
 from shoestring.evaluation.shapeeval import shows
@@ -74,14 +75,17 @@ class Measuring:
         for name in self.protocol.metrics:
             if name in MEASURES:
                 result.figures |= self._distance(name, pictures, result)
-        if "retrieval" in self.protocol.metrics:
-            result.figures |= self._retrieval(pictures)
-        if "clip-score" in self.protocol.metrics:
-            result.figures |= self._clip_score(pictures)
-        if "geneval" in self.protocol.metrics:
-            result.figures |= self._geneval(pictures)
-        if "shapeeval" in self.protocol.metrics:
-            result.figures |= self._shapes(pictures)
+        others: dict[str, Callable[[Tensor, Result], dict[str, Figure]]] = {
+            "retrieval": self._retrieval,
+            "nearest": self._nearest,
+            "diversity": self._diversity,
+            "clip-score": self._clip_score,
+            "geneval": self._geneval,
+            "shapeeval": self._shapes,
+        }
+        for kind, measure in others.items():
+            if kind in self.protocol.metrics:
+                result.figures |= measure(pictures, result)
         result.made = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "shoestring": __version__,
@@ -181,14 +185,14 @@ class Measuring:
         value = kernel_distance(real, held).mean if kernel else frechet_distance(real, held)
         return {f"{name.replace('-', '_')}_floor": Figure(value)}
 
-    def _retrieval(self, pictures: Tensor) -> dict[str, Figure]:
+    def _retrieval(self, pictures: Tensor, result: Result) -> dict[str, Figure]:
         trained = self.splits().train
         numbers = {caption: i for i, caption in enumerate(dict.fromkeys(trained.captions))}
-        extractor = build_extractor("efficientnet-lite0", None, self.device)
+        made, training = self._own_features(pictures)
         found = retrieval(
-            self._features(extractor, "drawn", pictures)[0],
+            made,
             [numbers[wish.prompt] for wish in self.asked.wanted],
-            self._features(extractor, "training", trained.images)[0],
+            training,
             [numbers[caption] for caption in trained.captions],
             near_copies=int(near_copy_mask(pictures, trained.images).sum()),
         )
@@ -200,18 +204,42 @@ class Measuring:
             "near_copies": Figure(found.near_copies),
         }
 
-    def _clip_score(self, pictures: Tensor) -> dict[str, Figure]:
+    def _own_features(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the drawn and of the training pictures, by the extractor that needs no download."""
+        extractor = build_extractor("efficientnet-lite0", None, self.device)
+        training = self._features(extractor, "training", self.splits().train.images)[0]
+        return self._features(extractor, "drawn", pictures)[0], training
+
+    def _nearest(self, pictures: Tensor, result: Result) -> dict[str, Figure]:
+        made, training = self._own_features(pictures)
+        found = nearest_training(made, training)
+        result.nearest = found.index_N.tolist()
+        held = self.splits().held_out.images
+        figures = {"nearest_cosine": Figure(found.cosine_N.mean().item(), spread=found.cosine_N.std().item())}
+        if len(held) > 1:  # how near never-seen pictures are
+            extractor = build_extractor("efficientnet-lite0", None, self.device)
+            apart = nearest_training(self._features(extractor, "held-out", held)[0], training)
+            figures["nearest_cosine_held_out"] = Figure(apart.cosine_N.mean().item())
+        return figures
+
+    def _diversity(self, pictures: Tensor, result: Result) -> dict[str, Figure]:
+        extractor = build_extractor("efficientnet-lite0", None, self.device)
+        made = self._features(extractor, "drawn", pictures)[0]
+        return {"diversity": Figure(diversity(made, [wish.number for wish in self.asked.wanted]))}
+
+    def _clip_score(self, pictures: Tensor, result: Result) -> dict[str, Figure]:
         place = self.protocol.extractors.get(CLIP_SCORE)
         extractor = build_extractor(CLIP_SCORE, place, self.device)
         self.facts.setdefault("extractors", {})[extractor.name] = extractor.identity.digest
         seen = self._features(extractor, "drawn", pictures)[0]
         told = ClipTexts(CLIP_SCORE, place, self.device)([wish.prompt for wish in self.asked.wanted])
         scores = clip_scores(seen, told)
+        result.scores["clip_score"] = scores.tolist()
         half = 1.96 * scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else 0.0
         mean = scores.mean().item()
         return {f"clip_score_{CLIP_SCORE}": Figure(mean, mean - half, mean + half)}
 
-    def _geneval(self, pictures: Tensor) -> dict[str, Figure]:
+    def _geneval(self, pictures: Tensor, result: Result) -> dict[str, Figure]:
         places = self.protocol.extractors
         detector = Mask2FormerDetector(places.get("detector", DETECTOR), self.device)
         classifier = ClipColours(places.get("colours", COLOUR_CLASSIFIER), self.device)
@@ -220,17 +248,18 @@ class Measuring:
             prompt = self.asked.geneval[wish.number]
             right, _ = judge(prompt, detector(picture), partial(classifier, picture))
             judged.append((prompt, right))
-        return self._score("geneval", judged)
+        return self._score("geneval", judged, result)
 
-    def _shapes(self, pictures: Tensor) -> dict[str, Figure]:
+    def _shapes(self, pictures: Tensor, result: Result) -> dict[str, Figure]:
         judged = []
         for wish, picture in zip(self.asked.wanted, pictures, strict=True):
             prompt = self.asked.shapes[wish.number]
             judged.append((Prompt(prompt.task, prompt.text, ()), shows(picture, prompt)))
-        return self._score("shapeeval", judged)
+        return self._score("shapeeval", judged, result)
 
-    def _score(self, name: str, judged: Sequence[tuple[Prompt, bool]]) -> dict[str, Figure]:
+    def _score(self, name: str, judged: Sequence[tuple[Prompt, bool]], result: Result) -> dict[str, Figure]:
         found = score(judged)
+        result.scores[name] = [float(right) for _, right in judged]
         tasks = {f"{name}_{task}": Figure(v, *found.intervals95[task]) for task, v in found.tasks.items()}
         return {name: Figure(found.overall)} | tasks
 

@@ -9,26 +9,27 @@ from string import Template
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from shoestring.evaluation.drawing import Wish, picture_file
+from shoestring.evaluation.drawing import Wish, pictures_of
 from shoestring.evaluation.measures import MEASURES, Figure
 from shoestring.evaluation.result import Result
 from shoestring.runtime import write_text
-from shoestring.sampling.generate import picture_grid, read_pixels
+from shoestring.sampling.generate import picture_grid
+from shoestring.studies.evaluate import Evaluation
 from shoestring.studies.page import embedded, html_table, table_row
 from shoestring.studies.report_template import PAGE
 
-SHOWN, COLUMNS = 40, 8
+SHOWN, COLUMNS, EXTREME = 40, 8, 16
 _PICTURE = Template('<p><img src="$uri" width="$width" height="$height" alt="$alt" class="grid"></p>')
 
 
-def write_page(folder: Path, result: Result, wanted: Sequence[Wish]) -> Path:
+def write_page(evaluation: Evaluation, result: Result) -> Path:
     """Write ``report.html``.
 
     Args:
-        folder: of the evaluation.
+        evaluation: what was done.
         result: of it.
-        wanted: its pictures.
 
     Returns:
         The page.
@@ -42,10 +43,12 @@ def write_page(folder: Path, result: Result, wanted: Sequence[Wish]) -> Path:
         f"the protocol {escape(name)} on {result.facts['pictures']:,} pictures.</p>",
         *(f'<p class="note">{escape(warning)}</p>' for warning in result.warnings),
         _figures(result),
-        _pictures(folder, wanted),
+        _pictures(evaluation),
+        _extremes(evaluation, result),
+        _neighbours(evaluation, result),
         _facts(result),
     ]
-    page = folder / "report.html"
+    page = evaluation.folder / "report.html"
     text = PAGE.substitute(
         title=escape(f"{model['name']}: {name}"), body="\n".join(parts), credit="Made by shoestring eval."
     )
@@ -63,17 +66,56 @@ def _cells(figure: Figure) -> list[str]:
     return [f"{figure.value:.4g}", interval, "" if figure.spread is None else f"{figure.spread:.2g}"]
 
 
-def _pictures(folder: Path, wanted: Sequence[Wish]) -> str:
-    step = max(1, len(wanted) // SHOWN)
-    some = list(wanted[::step])[:SHOWN]
-    pictures = torch.stack([read_pixels(picture_file(folder / "pictures", wish)) for wish in some])
+def _read(evaluation: Evaluation, wanted: Sequence[Wish]) -> Tensor:
+    return pictures_of(evaluation.folder / "pictures", wanted)
+
+
+def _grid(pictures: Tensor, columns: int, label: str) -> str:
     zoom = max(1, 64 // pictures.shape[-1])
-    uri, width, height = embedded(picture_grid(pictures, COLUMNS, zoom))
-    prompts = "".join(f"<li>{escape(wish.prompt) or '(no prompt)'}</li>" for wish in some)
-    picture = _PICTURE.substitute(uri=uri, width=width, height=height, alt="pictures of the protocol")
+    uri, width, height = embedded(picture_grid(pictures, columns, zoom))
+    return _PICTURE.substitute(uri=uri, width=width, height=height, alt=escape(label))
+
+
+def _prompts(wanted: Sequence[Wish]) -> str:
+    items = "".join(f"<li>{escape(wish.prompt) or '(no prompt)'}</li>" for wish in wanted)
+    return f"<details><summary>Their prompts, row by row</summary><ol>{items}</ol></details>"
+
+
+def _pictures(evaluation: Evaluation) -> str:
+    """Some of all, evenly."""
+    wanted = evaluation.asked.wanted
+    some = wanted[:: max(1, len(wanted) // SHOWN)][:SHOWN]
+    grid = _grid(_read(evaluation, some), COLUMNS, "pictures of the protocol")
+    return f"<h2>Pictures</h2>{grid}{_prompts(some)}"
+
+
+def _extremes(evaluation: Evaluation, result: Result) -> str:
+    """The best and the worst by each score of single pictures."""
+    parts, wanted = [], evaluation.asked.wanted
+    for name, scores in result.scores.items():
+        order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+        for title, chosen in (("best", order[:EXTREME]), ("worst", order[::-1][:EXTREME])):
+            some = [wanted[i] for i in chosen]
+            values = f"from {scores[chosen[0]]:.3g} to {scores[chosen[-1]]:.3g}"
+            grid = _grid(_read(evaluation, some), COLUMNS, f"{title} by {name}")
+            parts.append(f"<h2>The {title} by {escape(name)}, {values}</h2>{grid}{_prompts(some)}")
+    return "".join(parts)
+
+
+def _neighbours(evaluation: Evaluation, result: Result) -> str:
+    """Samples, and below each the training picture that is nearest to it."""
+    if not result.nearest:
+        return ""
+    wanted, training = evaluation.asked.wanted, evaluation.splits().train.images
+    step = max(1, len(wanted) // COLUMNS)
+    chosen = list(range(0, len(wanted), step))[:COLUMNS]
+    made = _read(evaluation, [wanted[i] for i in chosen])
+    near = training[[result.nearest[i] for i in chosen]]
+    if near.shape[1:] != made.shape[1:]:
+        return ""
     return (
-        f"<h2>Pictures</h2>{picture}<details><summary>Their prompts, row by row</summary>"
-        f"<ol>{prompts}</ol></details>"
+        "<h2>Nearest training pictures</h2><p>Above samples, below each the training picture whose features "
+        f"are nearest.</p>{_grid(torch.cat([made, near]), len(chosen), 'samples and their nearest')}"
     )
 
 
