@@ -276,7 +276,7 @@ def main() -> None:
     """Entry point of the command ``shoestring``."""
     keep_freed_memory()
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(standalone_mode=False) or 0)
     except TyperException as error:  # wrong words; without any, help was shown already
         if words := error.format_message().rstrip("."):
             context = getattr(error, "ctx", None)
