@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +134,37 @@ def load(source: Source, library: str, loader: Callable[[bool], Loaded]) -> Load
             "where there is a network"
         ) from error
     return _attempt(source, loader, only_local=False)
+
+
+def load_network(source: Source, model: Any, kinds: Sequence[str], *companions: Any) -> tuple[Any, ...]:
+    """Load a whole network of transformers in float32, with its tokenizer or processor.
+
+    Args:
+        source: where the weights are.
+        model: class of the network.
+        kinds: values of ``model_type`` in ``config.json`` that fit.
+        *companions: classes of what comes with it.
+
+    Returns:
+        The network, then the companions.
+
+    Raises:
+        UserError: if the weights are not there, incomplete or another network's.
+    """
+    from transformers import AutoConfig
+
+    def loader(only_local: bool) -> tuple[Any, ...]:
+        kind = AutoConfig.from_pretrained(source.place, local_files_only=only_local).model_type
+        if kind not in kinds:
+            raise source.mistake(f"the model_type in its config.json is {kind}")
+        others = [each.from_pretrained(source.place, local_files_only=only_local) for each in companions]
+        network, info = model.from_pretrained(
+            source.place, local_files_only=only_local, dtype=torch.float32, output_loading_info=True
+        )
+        check_complete(source, info["missing_keys"])
+        return (network, *others)
+
+    return load(source, "transformers", loader)
 
 
 def _attempt(source: Source, loader: Callable[[bool], Loaded], only_local: bool) -> Loaded:

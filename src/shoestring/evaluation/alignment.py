@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.encoders.weights import Source, check_complete, load
+from shoestring.encoders.weights import Source, load_network
 from shoestring.evaluation.features import HUB
 from shoestring.runtime import UserError
 from shoestring.tensors import Float
@@ -35,12 +35,11 @@ class ClipTexts:
             UserError: if package or weights are missing, or are another network's.
         """
         try:
-            from transformers import AutoConfig, CLIPTextModelWithProjection, CLIPTokenizer
+            from transformers import CLIPTextModelWithProjection, CLIPTokenizer
         except ImportError as error:
             raise UserError(
                 f"captions of {name} need the package transformers; run: pip install 'shoestring[latents]'"
             ) from error
-        model: Any = CLIPTextModelWithProjection
         source = Source(
             field=f"weights of {name}",
             place=path or HUB[name][0],
@@ -48,17 +47,8 @@ class ClipTexts:
             files="config.json, model.safetensors and the tokenizer's files",
         )
 
-        def loader(only_local: bool) -> tuple[Any, Any]:
-            kind = AutoConfig.from_pretrained(source.place, local_files_only=only_local).model_type
-            if kind not in ("clip", "clip_text_model"):
-                raise source.mistake(f"the model_type in its config.json is {kind}")
-            network, info = model.from_pretrained(
-                source.place, local_files_only=only_local, dtype=torch.float32, output_loading_info=True
-            )
-            check_complete(source, info["missing_keys"])
-            return CLIPTokenizer.from_pretrained(source.place, local_files_only=only_local), network
-
-        self._tokenizer, network = load(source, "transformers", loader)
+        kinds = ["clip", "clip_text_model"]
+        network, self._tokenizer = load_network(source, CLIPTextModelWithProjection, kinds, CLIPTokenizer)
         self.device = torch.device(device)
         self._network: Any = network.eval().requires_grad_(False).to(self.device)
         self._longest = int(network.config.max_position_embeddings)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shoestring.encoders.weights import Source, check_complete, load
+from shoestring.encoders.weights import Source, load_network
 from shoestring.evaluation.features import CLIP
 from shoestring.evaluation.geneval import CLASSES, COLOURS, THRESHOLD, Detection
 from shoestring.evaluation.resize import pillow_bicubic
@@ -81,11 +81,7 @@ class Mask2FormerDetector:
             UserError: if package or weights are missing, or do not know COCO's classes.
         """
         try:
-            from transformers import (
-                AutoConfig,
-                Mask2FormerForUniversalSegmentation,
-                Mask2FormerImageProcessorPil,
-            )
+            from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
         except ImportError as error:
             raise _no_transformers("the detector") from error
         source = Source(
@@ -95,19 +91,9 @@ class Mask2FormerDetector:
             files="config.json, preprocessor_config.json and model.safetensors",
         )
 
-        def loader(only_local: bool) -> tuple[Any, Any]:
-            kind = AutoConfig.from_pretrained(path, local_files_only=only_local).model_type
-            if kind != "mask2former":
-                raise source.mistake(f"the model_type in its config.json is {kind}")
-            processor = Mask2FormerImageProcessorPil.from_pretrained(path, local_files_only=only_local)
-            model: Any = Mask2FormerForUniversalSegmentation
-            network, info = model.from_pretrained(
-                path, local_files_only=only_local, dtype=torch.float32, output_loading_info=True
-            )
-            check_complete(source, info["missing_keys"])
-            return processor, network
-
-        self._processor, network = load(source, "transformers", loader)
+        network, self._processor = load_network(
+            source, Mask2FormerForUniversalSegmentation, ["mask2former"], Mask2FormerImageProcessorPil
+        )
         self.device = torch.device(device)
         self._network: Any = network.eval().requires_grad_(False).to(self.device)
         try:
@@ -178,7 +164,7 @@ class ClipColours:
             UserError: if package or weights are missing.
         """
         try:
-            from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+            from transformers import CLIPModel, CLIPTokenizer
         except ImportError as error:
             raise _no_transformers("the classifier of colours") from error
         source = Source(
@@ -188,18 +174,7 @@ class ClipColours:
             files="config.json, model.safetensors and the tokenizer's files",
         )
 
-        def loader(only_local: bool) -> tuple[Any, Any]:
-            kind = AutoConfig.from_pretrained(path, local_files_only=only_local).model_type
-            if kind != "clip":
-                raise source.mistake(f"the model_type in its config.json is {kind}")
-            model: Any = CLIPModel
-            network, info = model.from_pretrained(
-                path, local_files_only=only_local, dtype=torch.float32, output_loading_info=True
-            )
-            check_complete(source, info["missing_keys"])
-            return CLIPTokenizer.from_pretrained(path, local_files_only=only_local), network
-
-        self._tokenizer, network = load(source, "transformers", loader)
+        network, self._tokenizer = load_network(source, CLIPModel, ["clip"], CLIPTokenizer)
         self.device = torch.device(device)
         self._network: Any = network.eval().requires_grad_(False).to(self.device)
         self._side = int(network.config.vision_config.image_size)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoestring.encoders.weights import Source, check_complete, load
+from shoestring.encoders.weights import Source, load_network
 from shoestring.evaluation.extractor import Extractor
 from shoestring.evaluation.inception import Inception
 from shoestring.runtime import UserError
@@ -212,25 +212,14 @@ HUB: dict[str, tuple[str, int, tuple[tuple[float, ...], tuple[float, ...]]]] = {
 
 def _vision_tower(source: Source, clip: bool) -> Any:
     try:
-        from transformers import AutoConfig, CLIPVisionModelWithProjection, Dinov2Model
+        from transformers import CLIPVisionModelWithProjection, Dinov2Model
     except ImportError as error:
         raise UserError(
             f"{source.field}: the package transformers is needed; run: pip install 'shoestring[latents]'"
         ) from error
     model: Any = CLIPVisionModelWithProjection if clip else Dinov2Model
-    kinds = ("clip", "clip_vision_model") if clip else ("dinov2",)
-
-    def loader(only_local: bool) -> Any:
-        kind = AutoConfig.from_pretrained(source.place, local_files_only=only_local).model_type
-        if kind not in kinds:
-            raise source.mistake(f"the model_type in its config.json is {kind}")
-        network, info = model.from_pretrained(
-            source.place, local_files_only=only_local, dtype=torch.float32, output_loading_info=True
-        )
-        check_complete(source, info["missing_keys"])
-        return network
-
-    return load(source, "transformers", loader)
+    kinds = ["clip", "clip_vision_model"] if clip else ["dinov2"]
+    return load_network(source, model, kinds)[0]
 
 
 def build_extractor(
