@@ -21,7 +21,7 @@ from shoestring.evaluation.alignment import clip_scores
 from shoestring.evaluation.drawing import Wish, draw, picture_file, pictures_of, wishes
 from shoestring.evaluation.features import HUB
 from shoestring.evaluation.geneval import TASKS
-from shoestring.evaluation.measures import MEASURES, Figure, check_enough, check_not_degenerate
+from shoestring.evaluation.measures import Figure, check_enough, check_not_degenerate
 from shoestring.evaluation.moments import Moments
 from shoestring.evaluation.protocol import Protocol, differences, find_protocol, protocols
 from shoestring.evaluation.result import compared, read_result
@@ -375,4 +375,3 @@ def test_too_few_pictures_and_copies() -> None:
     assert check_not_degenerate(rows, "pictures drawn") == "1 of 3 pictures drawn are exact copies of others"
     assert "one and the same" in check_not_degenerate(rows[:2], "pictures drawn")
     assert check_not_degenerate(rows[1:], "pictures drawn") is None
-    assert all(measure.extractor for measure in MEASURES.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,8 +54,6 @@ class Measure:
     """Whether it needs the features of every real picture, not only their moments."""
     least: int = 2
     """Samples that it needs."""
-    settings: tuple[str, ...] = field(default_factory=tuple)
-    """Settings of a protocol that change it, besides those of all metrics."""
 
 
 def _distance(name: str, distance: Callable[[Tensor, Any], float]) -> Callable[[Compared], dict[str, Figure]]:
@@ -98,17 +96,10 @@ def _inception_score(given: Compared) -> dict[str, Figure]:
 
 
 MEASURES: Mapping[str, Measure] = {
-    "fid": Measure("inception", _distance("fid", frechet_distance), settings=("resize",)),
-    "sfid": Measure("inception", _distance("sfid", frechet_distance), output=1, settings=("resize",)),
-    "is": Measure(
-        "inception",
-        _inception_score,
-        output=2,
-        compares=False,
-        least=10,
-        settings=("resize",),
-    ),
-    "precision-recall": Measure("inception", _overlap, rows=True, least=4, settings=("resize", "neighbours")),
+    "fid": Measure("inception", _distance("fid", frechet_distance)),
+    "sfid": Measure("inception", _distance("sfid", frechet_distance), output=1),
+    "is": Measure("inception", _inception_score, output=2, compares=False, least=10),
+    "precision-recall": Measure("inception", _overlap, rows=True, least=4),
     "clip-fid": Measure("clip-vitb32", _distance("clip_fid", frechet_distance)),
     "fdd": Measure("dinov2-vitl14", _distance("fdd", frechet_distance)),
     "kdd": Measure("dinov2-vitl14", _kernel("kdd"), rows=True),
