@@ -88,6 +88,48 @@ def encoder_decoder(folder: Path) -> str:
     return str(folder)
 
 
+CHAT = """{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}\
+<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"""
+
+
+def llava(folder: Path) -> str:
+    """One that chats."""
+    from transformers import (
+        BertTokenizer,
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    save_tokenizer(folder)
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=32, patch_size=16),
+        text_config=LlamaConfig(**sizes, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(1)
+    model = LlavaForConditionalGeneration(config)
+    draw_weights(model)
+    model.lm_head.weight.data[[*range(len(SPECIAL)), len(WORDS)]] = 0  # words are likelier
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
 def pictures(count: int) -> list[Image.Image]:
     draw = np.random.RandomState(0)
     return [Image.fromarray(draw.randint(0, 256, (20 + 4 * i, 30, 3), np.uint8)) for i in range(count)]
@@ -106,6 +148,16 @@ def test_a_model_writes_captions_of_its_words(make: object, tmp_path: Path) -> N
     assert model(some) == texts
     assert model(some[1:2]) == texts[1:2]
     assert model.origin == f"{folder}, at most 6 tokens, fp32"
+
+
+def test_one_that_chats_answers_what_it_is_asked(tmp_path: Path) -> None:
+    model = ImageToText(llava(tmp_path / "model"), max_tokens=4)
+    assert model.chats
+    some = pictures(3)
+    texts = model(some)
+    assert len(texts) == 3
+    assert model(some[1:2]) == texts[1:2]
+    assert [model([picture], "a cat of red")[0] for picture in some] == model(some, "a cat of red") != texts
 
 
 def test_captions_begin_with_the_prompt(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,19 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 
 import forks
 from shoestring.config import apply_overrides, parse_yaml, to_yaml
+from shoestring.data.ingest import ingest
+from shoestring.data.readers import open_reader
 from shoestring.evaluation.alignment import clip_scores
 from shoestring.evaluation.drawing import Wish, draw, picture_file, pictures_of, wishes
 from shoestring.evaluation.features import HUB
 from shoestring.evaluation.geneval import TASKS
 from shoestring.evaluation.measures import Figure, check_enough, check_not_degenerate
-from shoestring.evaluation.moments import Moments
+from shoestring.evaluation.moments import Moments, read_moments, read_reference_pictures
 from shoestring.evaluation.protocol import Protocol, differences, find_protocol, protocols
 from shoestring.evaluation.result import compared, read_result
 from shoestring.runtime import UserError
@@ -31,7 +35,10 @@ from shoestring.studies.evaluate import Evaluation
 from shoestring.studies.evaluate_figures import evaluate
 from shoestring.studies.evaluate_page import write_page
 from shoestring.studies.evaluate_sweep import Point, best, sweep
+from shoestring.training.display import read_log, rows_of
 from shoestring.training.loop import train
+from stores import make_store
+from test_ingest import encoded, make_folder, noise
 
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
@@ -133,10 +140,18 @@ def test_an_evaluation_says_everything_and_is_not_done_twice(run: Path, tmp_path
     assert set(kept["facts"]["extractors"]) == {"efficientnet-lite0"}
     assert Protocol.model_validate_json(json.dumps(kept["protocol"])) == protocol
     assert kept["model"]["images_seen"] == 64
+    assert kept["facts"]["loss"] == {"pictures": 256}
+    assert len(kept["curves"]["loss"]) == 6
+    assert figures["loss"].value == pytest.approx(np.mean([loss for _, loss in kept["curves"]["loss"]]))
+    recalls, precisions = zip(*kept["curves"]["precision_recall_efflite0"], strict=True)
+    assert list(recalls) == sorted(recalls)
+    assert list(precisions) == sorted(precisions)
     assert (evaluation.folder / "row.md").read_text().count("|") > 20
     page = write_page(evaluation, result).read_text()
     assert "fd_efflite0" in page
     assert "Nearest training pictures" in page
+    assert "The worst by novelty" in page
+    assert page.count("<svg") == 2
     pictures = {file: file.stat().st_mtime_ns for file in evaluation.folder.rglob("*.png")}
     again = Evaluation(run, protocol, tmp_path, CPU, QUIET)
     assert again.folder == evaluation.folder
@@ -249,8 +264,8 @@ def test_a_sweep_finds_the_best_settings_from_the_same_noise(
         sweep(run, small("shapes"), {"steps": ["0"]}, tmp_path, CPU, QUIET)
 
 
-def darkness(self, pictures: Tensor, result) -> dict[str, Figure]:
-    return {"darkness": Figure(255 - pictures.double().mean().item())}
+def darkness(self, pictures: Sequence[Tensor], result) -> dict[str, Figure]:
+    return {"darkness": Figure(255 - torch.stack(list(pictures)).double().mean().item())}
 
 
 def test_higher_is_better_for_some_figures() -> None:
@@ -303,6 +318,8 @@ def test_protocols_are_written_and_read(name: str, tmp_path: Path) -> None:
         (["metrics=[retrieval]"], "metric retrieval needs prompts=training"),
         (["metrics=[diversity]"], "metric diversity needs two seeds or more, not [1]"),
         (["count=0"], "count is 0; it must be a whole number of at least 1"),
+        (["prompts=questions"], "prompts is questions, but prompts_file is not set"),
+        (["metrics=[questions]"], "metric questions needs prompts=questions, not held-out"),
     ],
 )
 def test_wrong_protocols_are_sentences(changes: list[str], said: str) -> None:
@@ -360,6 +377,91 @@ def test_statistics_of_a_folder_serve_as_reference(run: Path, tmp_path: Path, mi
     wrong = apply_overrides(protocol, [f"reference_file={made}", "metrics=[kid-efflite0]"])
     with pytest.raises(UserError, match=r"needs the features of every real picture.*fd-efflite0"):
         evaluate(Evaluation(run, wrong, tmp_path / "eval", CPU, QUIET), QUIET)
+
+
+def test_statistics_of_a_store_are_those_of_its_pictures(tmp_path: Path, mistake) -> None:
+    from shoestring.cli.main import app
+
+    folder = make_folder(
+        tmp_path / "pictures",
+        {f"{i}.png": encoded(noise(i, 24 + 8 * i, 40)) for i in range(4)},
+        {f"{i}.png": f"picture {i}" for i in range(4)},
+    )
+    store = ingest(open_reader(str(folder)), str(tmp_path / "store"))
+    words = ["--extractor", "efficientnet-lite0", "--side", "24"]
+    found = {}
+    for name, place in (("folder", folder), ("store", store.uri)):
+        app(
+            ["eval", "stats", str(place), "--out", str(tmp_path / f"{name}.npz"), *words],
+            standalone_mode=False,
+        )
+        found[name] = read_moments(tmp_path / f"{name}.npz")
+    assert found["store"].count == 4
+    assert found["store"].made["side"] == "24"
+    # The same set: the order of its rows, and so the rounding, may differ.
+    torch.testing.assert_close(found["store"].mean_F, found["folder"].mean_F, rtol=1e-9, atol=1e-9)
+    without = make_store(tmp_path / "without", rows=3)
+    assert "does not keep the original pictures" in mistake(
+        "eval", "stats", without.uri, "--out", tmp_path / "no.npz", *words
+    )
+    assert "--side is 0" in mistake("eval", "stats", folder, "--out", tmp_path / "no.npz", "--side", "0")
+
+
+def test_a_reference_of_adm_holds_pictures_too(run: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (7, 24, 24, 3), dtype=np.uint8)
+    batch = tmp_path / "batch.npz"
+    np.savez(batch, arr_0=pictures, mu=np.zeros(1280), sigma=np.eye(1280))
+    assert torch.equal(read_reference_pictures(batch)[3], torch.from_numpy(pictures[3]).permute(2, 0, 1))
+    place = ["reference=file", f"reference_file={batch}"]
+    protocol = small("quick", "count=8", "metrics=[precision-recall-efflite0, fd-efflite0]", *place)
+    result = evaluate(Evaluation(run, protocol, tmp_path / "eval", CPU, QUIET), QUIET)
+    assert {"precision_efflite0", "recall_efflite0", "fd_efflite0"} == result.figures.keys() - {
+        "density_efflite0",
+        "coverage_efflite0",
+    }
+    np.savez(batch, arr_0=pictures.astype(np.float32))
+    with pytest.raises(UserError, match="arr_0 is float32"):
+        read_reference_pictures(batch)
+    np.savez(batch, mu=np.zeros(2))
+    with pytest.raises(UserError, match="holds no pictures"):
+        read_reference_pictures(batch)
+
+
+def test_a_judge_answers_questions(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    asked = [{"question": "a red circle", "category": "shape"}, {"question": "a blue heart", "needs": [0]}]
+    file.write_text(json.dumps({"prompt": "a red circle", "questions": asked}) + "\n")
+    changes = ["prompts=questions", f"prompts_file={file}", "judge=shapes", "metrics=[questions]"]
+    protocol = small("dpg", *changes)
+    result = evaluate(Evaluation(run, protocol, tmp_path / "eval", CPU, QUIET), QUIET)
+    assert result.figures.keys() == {"questions", "questions_all", "questions_shape"}
+    assert len(result.scores["questions"]) == 4  # a picture of the prompt for each seed
+    assert result.figures["questions"].value == np.mean(result.scores["questions"])
+
+
+# -- while training ----------------------------------------------------------------------------------------
+
+
+def test_quality_while_training_changes_nothing_and_is_in_the_log(run: Path, tmp_path: Path) -> None:
+    often = ["logging.kid_nimg=32", "logging.kid_pictures=20"]
+    config = apply_overrides(parse_yaml(RECIPE), often)
+    assert train(config, tmp_path / "watched", QUIET)
+    rows = rows_of(read_log(tmp_path / "watched"), "evaluation")
+    assert [row["nimg"] for row in rows] == [32, 64]
+    assert all(row["pictures"] == row["real_pictures"] == 20 and row["held_out"] for row in rows)
+    assert rows[0]["kid_efflite0"] != rows[1]["kid_efflite0"]
+    newest = "checkpoints/000000064/weights.safetensors"
+    assert load_file(tmp_path / "watched" / newest).keys() == load_file(run / newest).keys()
+    for name, value in load_file(tmp_path / "watched" / newest).items():
+        assert torch.equal(value, load_file(run / newest)[name])
+    (tmp_path / "recipe.yaml").write_text(to_yaml(config))
+    words = ["train", "recipe.yaml", "--out", "shared", "--nproc", 2]
+    done = forks.shoestring(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shared = rows_of(read_log(tmp_path / "shared"), "evaluation")
+    for row, other in zip(rows, shared, strict=True):
+        assert other["kid_efflite0"] == pytest.approx(row["kid_efflite0"], rel=0.02)
 
 
 def test_too_few_pictures_and_copies() -> None:

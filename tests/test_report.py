@@ -64,10 +64,11 @@ def log_lines(steps: int = 60) -> list[dict[str, Any]]:
 
 METRICS: dict[str, float | None] = {
     "train_s": 372.4, "total_s": 553.0, "images_per_s": 261.2, "peak_memory_gb": 2.31,
-    "fd_efflite0": 212.34, "fd_efflite0_floor": 160.8, "fd_n": 400,
-    "kid_efflite0": 0.0412, "kid_efflite0_floor": 0.0013, "kid_efflite0_std": 0.004,
+    "fd_efflite0": 212.34, "fd_efflite0_floor": 160.8, "drawn_n": 800, "fd_floor_n": 400,
+    "fd_reference_n": 100,
+    "kid_efflite0": 0.0412, "kid_efflite0_floor": 0.0013, "kid_efflite0_spread": 0.004,
     "retrieval_top1": 0.53, "retrieval_top1_low95": 0.481, "retrieval_top1_high95": 0.579,
-    "retrieval_top5": 0.81, "retrieval_chance_top5": 0.0125, "retrieval_n": 800, "retrieval_captions": 400,
+    "retrieval_top5": 0.81, "retrieval_chance_top5": 0.0125, "retrieval_captions": 400,
     "near_copies": 31, "near_copies_held_out": 4, "held_out_n": 100,
 }  # fmt: skip
 
@@ -118,8 +119,10 @@ def test_whole_run(tmp_path: Path, data: ReportData) -> None:
     for piece in (
         "6 min 12 s", "9 min 13 s", "6,000", "2.31 GB", "$0.01", "212", "161 train against held-out",
         "0.0412 ± 0.004", "53 % (48 % to 58 %)", "81 %", "1.2 % by chance", "31 of 800", "4 of 100 held-out",
-        "mostly bias", "here 400 pictures a side", "name: demo", "2026-01-02", "10,000 images seen",
-        '--prompt "red apple"', "data.path=my_pics", "fd_n: 400",
+        "mostly bias",
+        "here 800 pictures, and 400 for the floor, against 100",
+        "name: demo", "2026-01-02", "10,000 images seen",
+        '--prompt "red apple"', "data.path=my_pics", "fd_floor_n: 400",
     ):  # fmt: skip
         assert piece in page.text, piece
     assert page.text.count("measured here") >= 8

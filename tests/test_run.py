@@ -384,9 +384,11 @@ def test_quick_demo(workplace):
         "total_s",
         "peak_memory_gb",
     } <= metrics.keys()
+    (drawn,) = (workplace / "demo" / "eval").glob("demo-*/pictures")
+    assert (drawn.parent / "report.html").exists()
     assert "report.html" in done.stdout.splitlines()[-1]
     assert "shoestring sample" in done.stdout.splitlines()[-1]
     assert "CC BY-SA" in (workplace / "demo" / "report.html").read_text()
-    again = shoestring("retrieval", "demo", cwd=workplace).stdout
+    again = shoestring("retrieval", "demo", "--samples", str(drawn), cwd=workplace).stdout
     value = next(line.split()[1] for line in again.splitlines() if line.startswith("retrieval_top5:"))
     assert float(value) == pytest.approx(metrics["retrieval_top5"], abs=1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoestring.evaluation import manifold
 from shoestring.evaluation.distances import cmmd, frechet_distance, kernel_distance
-from shoestring.evaluation.manifold import overlap
+from shoestring.evaluation.manifold import overlap, overlaps
 from shoestring.evaluation.scores import inception_score
 from shoestring.evaluation.uncertainty import at_infinity, bootstrap_interval
 
@@ -81,6 +81,13 @@ def test_overlap_is_that_of_every_pair(n: int, m: int, k: int, monkeypatch: pyte
     )
 
 
+def test_several_numbers_of_neighbours_at_once_are_those_one_by_one() -> None:
+    real, made = normal(30, 3, 0), normal(25, 3, 1, shift=0.8)
+    found = overlaps(real, made, (5, 1, 3))
+    assert found == {k: overlap(real, made, k) for k in (1, 3, 5)}
+    assert found[1].recall < found[5].recall
+
+
 def test_overlap_of_equal_and_of_distant_sets() -> None:
     real = normal(50, 4, 0)
     same = overlap(real + 1e6, real.flip(0) + 1e6)
@@ -103,7 +110,7 @@ def test_mistakes_of_overlap_are_named() -> None:
         overlap(torch.zeros(3, 2), torch.zeros(9, 2))
     with pytest.raises(ValueError, match="2 and 3 columns"):
         overlap(torch.zeros(9, 2), torch.zeros(9, 3))
-    with pytest.raises(ValueError, match="neighbours is 0"):
+    with pytest.raises(ValueError, match=r"neighbours is \[0\]"):
         overlap(torch.zeros(9, 2), torch.zeros(9, 2), 0)
 
 

@@ -187,8 +187,7 @@ def test_a_cell_that_another_process_works_on_is_left_to_it(study, capsys):
 
 
 def test_a_cell_that_diverges_is_recorded_and_the_study_goes_on(study, tmp_path):
-    for features in study.folder.glob("features-held-out-*.pt"):
-        shutil.copy(features, tmp_path)
+    shutil.copytree(study.folder / "features", tmp_path / "features")
     study = Study(SMALL, tmp_path, None, 256, Console(quiet=True))
     wild = Cell(
         "wild", "checks", "dense", change=lambda c: with_stages(c, lr=1e30, clip_norm=None, warmup_nimg=0)

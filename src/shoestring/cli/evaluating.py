@@ -115,7 +115,7 @@ def sweep(
 
 @app.command()
 def stats(
-    pictures: Annotated[Path, typer.Argument(help="folder of pictures")],
+    pictures: Annotated[str, typer.Argument(help="folder of pictures, or folder or URL of a store")],
     out: Annotated[Path, typer.Option(help=".npz file to write")],
     extractor: Annotated[str, typer.Option(help="features, e.g. inception, dinov2-vitl14")] = "inception",
     weights: Annotated[
@@ -124,12 +124,15 @@ def stats(
     resize: Annotated[
         str | None, typer.Option(help="inception: tensorflow-bilinear (ADM) or pillow-bicubic (clean-fid)")
     ] = None,
+    side: Annotated[
+        int | None, typer.Option(help="squares of this side, the middle of each [default: as they are]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
 ) -> None:
     """Make reference statistics of real pictures."""
     from shoestring.studies.evaluate_stats import make_stats
 
-    made = make_stats(pictures, out, extractor, weights, resize, pick_device(device), console)
+    made = make_stats(pictures, out, extractor, weights, resize, side, pick_device(device), console)
     say(console, f"{out}: mean and covariance of {made.count:,} pictures")
 
 

@@ -192,12 +192,12 @@ def sample(
 @app.command()
 def retrieval(
     run: Annotated[Path, typer.Argument(help="run folder of a demo")],
-    samples: Annotated[Path | None, typer.Option(help="folder of PNGs [default: RUN/samples]")] = None,
+    samples: Annotated[Path, typer.Option(help="folder of PNGs, at any depth")],
 ) -> None:
-    """Recompute the demo's retrieval measure from the pictures it left."""
+    """Compute the retrieval measure of pictures that were drawn, from the files alone."""
     from shoestring.studies.demo import recompute_retrieval
 
-    for key, value in recompute_retrieval(run, samples or run / "samples").items():
+    for key, value in recompute_retrieval(run, samples).items():
         say(console, f"{key}: {value:g}")
 
 

@@ -189,6 +189,10 @@ class LoggingConfig(Frozen):
     validate_nimg: int = setting("validation loss on pinned noise, per noise level", 50_000, gt=0)
     validation_images: int = setting("held-out pictures of the validation loss", 64, gt=0)
     sample_nimg: int = setting("a sample grid", 50_000, gt=0)
+    kid_nimg: int | None = setting(
+        "the kernel distance of drawn pictures to held-out ones (KID); null = never", None, gt=0
+    )
+    kid_pictures: int = setting("pictures drawn for it", 256, ge=4)
     checkpoint_nimg: int = setting("a checkpoint", 50_000, gt=0)
     keep_checkpoints: int = setting("the last checkpoints kept", 2, ge=1)
     milestone_nimg: int | None = setting(

@@ -25,6 +25,7 @@ class ImageToText:
         prompt: str = "",
         max_tokens: int = 40,
         dtype: str = "fp32",
+        field: str = FIELD,
     ) -> None:
         """Load the weights.
 
@@ -35,6 +36,7 @@ class ImageToText:
                 begin with it.
             max_tokens: of a caption, at most.
             dtype: of the weights, a key of ``DTYPES``.
+            field: setting that names the model, for sentences.
 
         Raises:
             UserError: if the package or the weights are missing.
@@ -43,12 +45,12 @@ class ImageToText:
             import transformers
         except ImportError as error:
             raise UserError(
-                f"{FIELD} needs the package transformers; run: pip install 'shoestring[latents]'"
+                f"{field} needs the package transformers; run: pip install 'shoestring[latents]'"
             ) from error
         if max_tokens < 1:
             raise UserError(f"--max-tokens is {max_tokens}; a caption needs at least 1")
         files = "config.json, safetensors weights, preprocessor_config.json and the tokenizer's files"
-        source = Source(FIELD, model, "an image-to-text model of transformers", files)
+        source = Source(field, model, "an image-to-text model of transformers", files)
 
         def read(only_local: bool) -> tuple[Any, Any]:
             loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -67,10 +69,15 @@ class ImageToText:
         self.origin += f", prompt {prompt!r}" if prompt else ""
         self.origin += f", at most {max_tokens} tokens, {dtype}"
 
+    @property
+    def chats(self) -> bool:
+        """Whether it answers what it is asked; others only write captions."""
+        return self._processor.chats
+
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
-        """A caption for each picture (RGB, of any size)."""
-        inputs, asked = self._processor.inputs(list(pictures), self._prompt)
+    def __call__(self, pictures: Sequence[Image.Image], prompt: str | None = None) -> list[str]:
+        """A caption for each picture (RGB, of any size), or an answer to another prompt."""
+        inputs, asked = self._processor.inputs(list(pictures), self._prompt if prompt is None else prompt)
         placed = {
             name: value.to(self._model.device, self._model.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
@@ -101,11 +108,16 @@ class _Processor:
         if self._tokens.pad_token is None:
             self._tokens.pad_token = self._tokens.eos_token
 
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are turns of a talk."""
+        return getattr(self._both, "chat_template", None) is not None
+
     def inputs(self, pictures: list[Image.Image], prompt: str) -> tuple[dict[str, Any], int]:
         """Inputs of ``generate``, and how many of the tokens that come back repeat the question."""
         if self._both is None:
             return dict(self._images(images=pictures, return_tensors="pt")), 0
-        if getattr(self._both, "chat_template", None) is None:
+        if not self.chats:
             texts = {"text": [prompt] * len(pictures), "padding": True} if prompt else {}
             return dict(self._both(images=pictures, return_tensors="pt", **texts)), 0
         content = [{"type": "image"}, {"type": "text", "text": prompt or CHAT_PROMPT}]

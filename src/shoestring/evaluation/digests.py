@@ -17,9 +17,12 @@ def digest_of(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """Of the bytes of a tensor on the CPU."""
-    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+def pictures_digest(pictures: Iterable[Tensor]) -> str:
+    """Of the pixels of pictures on the CPU, one after another."""
+    digest = hashlib.blake2b(digest_size=16)
+    for picture in pictures:
+        digest.update(picture.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:

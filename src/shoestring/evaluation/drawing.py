@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shoestring.config import SamplingConfig
 from shoestring.sampling.generate import PNG_KEY, Pipeline, read_pixels, save_png, to_pil
+from shoestring.tensors import UInt8
 
 PER_FOLDER = 1000
 """Files of a folder; more make some file systems slow."""
@@ -118,17 +119,46 @@ def _is_drawn(pipeline: Pipeline, path: Path, wish: Wish, sampling: SamplingConf
         return picture.info.get(PNG_KEY) == json.dumps(parameters(pipeline, wish, sampling))
 
 
-def pictures_of(folder: Path, wanted: Sequence[Wish]) -> Tensor:
-    """Read drawn pictures.
+class DrawnPictures(Sequence[Tensor]):
+    """Drawn pictures, uint8 ``3 H W`` each, read from their files one by one: many take no memory.
+
+    Args:
+        folder: where they are.
+        wanted: which.
+
+    Raises:
+        UserError: when one is read that is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, wanted: Sequence[Wish]) -> None:
+        self._files = [picture_file(folder, wish) for wish in wanted]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return [read_pixels(file) for file in self._files[index]]
+        return read_pixels(self._files[index])
+
+
+def pictures_of(folder: Path, wanted: Sequence[Wish]) -> UInt8[Tensor, "B 3 H W"]:
+    """Read drawn pictures, all at once.
 
     Args:
         folder: where they are.
         wanted: which.
 
     Returns:
-        uint8 ``B 3 H W``.
+        The pictures.
 
     Raises:
         UserError: if one is missing or damaged.
     """
-    return torch.stack([read_pixels(picture_file(folder, wish)) for wish in wanted])
+    return torch.stack(list(DrawnPictures(folder, wanted)))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
+from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from shoestring.encoders.weights import weights_digest
+from shoestring.evaluation.digests import digest_of, pictures_digest
 from shoestring.evaluation.resize import RESIZES
 from shoestring.interfaces import Identity
+from shoestring.runtime import atomic_write
 from shoestring.tensors import Float, UInt8
 
 
@@ -70,32 +76,67 @@ class Extractor(ABC):
         return self._scaled(RESIZES[self.resize](pixels.to(self.device), self.side))
 
     @torch.no_grad()
-    def outputs(self, pixels: UInt8[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B _"], ...]:
+    def outputs(self, pictures: Iterable[Tensor]) -> tuple[Float[Tensor, "B _"], ...]:
         """All that the network gives for metrics, see the class.
 
         Every forward pass has the same number of pictures (the last is filled up), because convolutions
         choose another algorithm, with another rounding, for another batch size.
 
         Args:
-            pixels: pictures of any size; at least one.
+            pictures: uint8 ``3 H W`` each, of any sizes, or all as one tensor; at least one.
 
         Returns:
             Float32, on the CPU, a row a picture.
         """
         rows = []
-        for part in pixels.split(self.chunk):
-            x = self.preprocess(part)
+        for part in chunks(pictures, self.chunk):
+            x = torch.cat([self.preprocess(picture[None]) for picture in part])
             found = self._outputs(F.pad(x, (0, 0, 0, 0, 0, 0, 0, self.chunk - len(part))))
             rows.append([each[: len(part)].float().cpu() for each in found])
         return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
-    def __call__(self, pixels: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+    def __call__(self, pixels: Collection[Tensor] | Tensor) -> Float[Tensor, "B F"]:
         """Features of pictures.
 
         Args:
-            pixels: pictures of any size; none is fine.
+            pixels: see :meth:`outputs`; none is fine.
 
         Returns:
             ``width`` values a picture, float32, on the CPU.
         """
         return self.outputs(pixels)[0] if len(pixels) else torch.empty(0, self.width)
+
+
+def chunks(pictures: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Pictures in lists of ``size``; the last may be shorter."""
+    rest = iter(pictures)
+    while part := list(islice(rest, size)):
+        yield part
+
+
+def kept_outputs(
+    extractor: Extractor,
+    pictures: Iterable[Tensor],
+    folder: Path,
+    label: str,
+) -> tuple[Tensor, ...]:
+    """All outputs of an extractor, from a file if they were computed before.
+
+    Args:
+        extractor: what looks.
+        pictures: at least one; gone through twice.
+        folder: of the files; each is named by the extractor, the label, and a digest of network and pixels.
+        label: how people call the pictures.
+
+    Returns:
+        As :meth:`Extractor.outputs`.
+    """
+    key = digest_of([extractor.identity.digest, pictures_digest(pictures)])[:12]
+    path = folder / f"{extractor.name}-{label}-{key}.safetensors"
+    if not path.exists():
+        outputs = extractor.outputs(pictures)
+        data = save({str(i): output.contiguous() for i, output in enumerate(outputs)})
+        atomic_write(path, lambda file: file.write(data))
+        return outputs
+    kept = load_file(path)
+    return tuple(kept[str(i)] for i in range(len(kept)))

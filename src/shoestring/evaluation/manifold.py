@@ -5,7 +5,7 @@ Distances are computed in blocks, so that memory grows with N and not with its s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,36 +51,62 @@ def overlap(real_NF: ArrayLike | Tensor, made_MF: ArrayLike | Tensor, neighbours
     Source: Kynkäänniemi et al., arXiv 1904.06991, equations 1 and 2 (a ball holds its surface); Naeem et al.,
     arXiv 2002.09797, equations 3 and 4 (it does not).
     """
-    if neighbours < 1:
-        raise ValueError(f"neighbours is {neighbours}; it must be at least 1")
-    x_NF = finite_rows(real_NF, "features of real pictures", neighbours + 1)
-    y_MF = finite_rows(made_MF, "features of samples", neighbours + 1)
+    return overlaps(real_NF, made_MF, (neighbours,))[neighbours]
+
+
+def overlaps(
+    real_NF: ArrayLike | Tensor, made_MF: ArrayLike | Tensor, neighbours: Sequence[int]
+) -> dict[int, Overlap]:
+    """As :func:`overlap` for several numbers of neighbours, from one computation of all distances.
+
+    Args:
+        real_NF: features of real pictures, a row each.
+        made_MF: features of samples.
+        neighbours: several k.
+
+    Returns:
+        The measures by k.
+
+    Raises:
+        ValueError: for no more samples than neighbours, different widths, or values that are not finite.
+    """
+    if not neighbours or min(neighbours) < 1:
+        raise ValueError(f"neighbours is {list(neighbours)}; each must be at least 1")
+    most = max(neighbours)
+    x_NF = finite_rows(real_NF, "features of real pictures", most + 1)
+    y_MF = finite_rows(made_MF, "features of samples", most + 1)
     if x_NF.shape[1] != y_MF.shape[1]:
         raise ValueError(f"features have {x_NF.shape[1]} and {y_MF.shape[1]} columns; they must agree")
     centre_F = x_NF.mean(dim=0)  # differences of small numbers lose less
     x_NF, y_MF = x_NF - centre_F, y_MF - centre_F
-    radius_N, radius_M = _radii(x_NF, neighbours), _radii(y_MF, neighbours)
-    inside_M = torch.zeros(len(y_MF), dtype=torch.int64)
-    strictly_inside, met, covered = 0, 0, 0
+    radii_NK, radii_MK = _radii(x_NF, most), _radii(y_MF, most)
+    inside_M = {k: torch.zeros(len(y_MF), dtype=torch.bool) for k in neighbours}
+    strictly_inside, met, covered = (dict.fromkeys(neighbours, 0) for _ in range(3))
     for rows, distance_BM in _blocks(x_NF, y_MF):
-        inside_M += (distance_BM <= radius_N[rows, None]).sum(dim=0)
-        strictly_inside += int((distance_BM < radius_N[rows, None]).sum())
-        met += int((distance_BM <= radius_M).any(dim=1).sum())
-        covered += int((distance_BM.amin(dim=1) < radius_N[rows]).sum())
-    return Overlap(
-        precision=(inside_M > 0).double().mean().item(),
-        recall=met / len(x_NF),
-        density=strictly_inside / (neighbours * len(y_MF)),
-        coverage=covered / len(x_NF),
-    )
+        nearest_B = distance_BM.amin(dim=1)
+        for k in neighbours:
+            radius_B, radius_M = radii_NK[rows, k - 1], radii_MK[:, k - 1]
+            inside_M[k] |= (distance_BM <= radius_B[:, None]).any(dim=0)
+            strictly_inside[k] += int((distance_BM < radius_B[:, None]).sum())
+            met[k] += int((distance_BM <= radius_M).any(dim=1).sum())
+            covered[k] += int((nearest_B < radius_B).sum())
+    return {
+        k: Overlap(
+            precision=inside_M[k].double().mean().item(),
+            recall=met[k] / len(x_NF),
+            density=strictly_inside[k] / (k * len(y_MF)),
+            coverage=covered[k] / len(x_NF),
+        )
+        for k in neighbours
+    }
 
 
 def _radii(x_NF: Tensor, neighbours: int) -> Tensor:
-    """Squared distance of each row to its k-th neighbour, itself left out."""
+    """Squared distances of each row to its nearest neighbours, itself left out, the nearest first."""
     radii = []
     for rows, distance_BN in _blocks(x_NF, x_NF):
         distance_BN[torch.arange(len(distance_BN)), rows] = torch.inf
-        radii.append(distance_BN.topk(neighbours, dim=1, largest=False).values[:, -1])
+        radii.append(distance_BN.topk(neighbours, dim=1, largest=False).values)
     return torch.cat(radii)
 
 

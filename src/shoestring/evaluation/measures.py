@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shoestring.evaluation.distances import Features, cmmd, frechet_distance, kernel_distance
-from shoestring.evaluation.manifold import overlap
+from shoestring.evaluation.manifold import overlaps
 from shoestring.evaluation.moments import Moments
 from shoestring.evaluation.scores import inception_score
-from shoestring.evaluation.uncertainty import bootstrap_interval
+from shoestring.evaluation.uncertainty import at_infinity, bootstrap_interval
 from shoestring.runtime import UserError
+
+BALLS = (1, 2, 3, 5, 10)
+"""Neighbours that balls reach to in the plot of precision over recall."""
+SMALLEST_SUBSET = 5_000
+"""Of the extrapolation to infinitely many samples, as in its source; half of all where there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,12 @@ class Compared:
 
     made: Tensor
     """Features of the samples, a row each."""
-    real: Features | None
+    real: Tensor | Moments | None
     """Features of real pictures, or their moments; ``None`` where nothing is compared."""
     neighbours: int = 3
     bootstrap: int = 0
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Where a metric leaves the points of a plot, by name."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +85,27 @@ def _kernel(name: str) -> Callable[[Compared], dict[str, Figure]]:
     return compute
 
 
-def _overlap(given: Compared) -> dict[str, Figure]:
-    assert given.real is not None
-    assert not isinstance(given.real, Moments)
-    found = overlap(given.real, given.made, given.neighbours)
-    return {
-        "precision": Figure(found.precision),
-        "recall": Figure(found.recall),
-        "density": Figure(found.density),
-        "coverage": Figure(found.coverage),
-    }
+def _overlap(end: str) -> Callable[[Compared], dict[str, Figure]]:
+    def compute(given: Compared) -> dict[str, Figure]:
+        assert given.real is not None
+        assert not isinstance(given.real, Moments)
+        most = min(len(given.real), len(given.made)) - 1
+        several = sorted({given.neighbours, *(k for k in BALLS if k <= most)})
+        found = overlaps(given.real, given.made, several)
+        given.curves[f"precision_recall{end}"] = [(each.recall, each.precision) for each in found.values()]
+        shown = found[given.neighbours]
+        return {f"{name}{end}": Figure(value) for name, value in asdict(shown).items()}
+
+    return compute
+
+
+def _at_infinity(name: str) -> Callable[[Compared], dict[str, Figure]]:
+    def compute(given: Compared) -> dict[str, Figure]:
+        assert given.real is not None
+        least = min(SMALLEST_SUBSET, len(given.made) // 2)
+        return {name: Figure(at_infinity(given.made, given.real, least))}
+
+    return compute
 
 
 def _inception_score(given: Compared) -> dict[str, Figure]:
@@ -99,13 +117,16 @@ MEASURES: Mapping[str, Measure] = {
     "fid": Measure("inception", _distance("fid", frechet_distance)),
     "sfid": Measure("inception", _distance("sfid", frechet_distance), output=1),
     "is": Measure("inception", _inception_score, output=2, compares=False, least=10),
-    "precision-recall": Measure("inception", _overlap, rows=True, least=4),
+    "precision-recall": Measure("inception", _overlap(""), rows=True, least=4),
+    "fid-infinity": Measure("inception", _at_infinity("fid_infinity"), least=50),
     "clip-fid": Measure("clip-vitb32", _distance("clip_fid", frechet_distance)),
     "fdd": Measure("dinov2-vitl14", _distance("fdd", frechet_distance)),
     "kdd": Measure("dinov2-vitl14", _kernel("kdd"), rows=True),
     "cmmd": Measure("clip-vitl14-336", _distance("cmmd", cmmd), rows=True),
     "fd-efflite0": Measure("efficientnet-lite0", _distance("fd_efflite0", frechet_distance)),
     "kid-efflite0": Measure("efficientnet-lite0", _kernel("kid_efflite0"), rows=True),
+    "precision-recall-efflite0": Measure("efficientnet-lite0", _overlap("_efflite0"), rows=True, least=4),
+    "fd-efflite0-infinity": Measure("efficientnet-lite0", _at_infinity("fd_efflite0_infinity"), least=50),
 }
 """Metrics of the features of samples. Alignment with prompts is measured elsewhere."""
 
@@ -120,6 +141,7 @@ HIGHER_IS_BETTER = (
     "retrieval",
     "geneval",
     "shapeeval",
+    "questions",
     "diversity",
 )
 """Beginnings of the names of figures that are better when they are higher; of others, lower is better."""

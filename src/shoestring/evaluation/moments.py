@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from shoestring.runtime import UserError, atomic_write
-from shoestring.tensors import Float
+from shoestring.tensors import Float, UInt8
 
 NEGATIVE = 1e-6
 """A covariance has no negative eigenvalue; down to this share of the largest, it is rounding."""
@@ -140,6 +140,44 @@ def read_moments(path: Path, spatial: bool = False) -> Moments:
         about.get("count"),
         MappingProxyType(about.get("made", {})),
     )
+
+
+def read_reference_pictures(path: Path) -> UInt8[Tensor, "N 3 H W"]:
+    """Pictures of a reference batch of ADM's evaluation suite, which lie beside their statistics.
+
+    Args:
+        path: an ``.npz`` file with the array ``arr_0``, uint8 ``N H W 3``.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        UserError: if the file holds none.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            pictures = np.asarray(file["arr_0"]) if "arr_0" in file.files else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no .npz file of reference pictures, or damaged ({error})") from error
+    if pictures is None:
+        raise UserError(
+            f"{path} holds no pictures (arr_0), only statistics; take a reference of pictures, or leave out "
+            "metrics that compare picture by picture"
+        )
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3:
+        raise UserError(
+            f"{path}: arr_0 is {pictures.dtype} {pictures.shape}; pictures are uint8 N x H x W x 3"
+        )
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+def has_pictures(path: Path) -> bool:
+    """Whether a file of reference statistics holds the pictures too."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return "arr_0" in file.files
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return False
 
 
 def finite_rows(values: ArrayLike | Tensor, name: str, least: int = 1) -> Float[Tensor, "N F"]:

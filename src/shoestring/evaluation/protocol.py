@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from shoestring.config import SamplingConfig, load_yaml
 from shoestring.config.base import Frozen, setting
+from shoestring.evaluation.questions import JudgeName
 from shoestring.runtime import UserError
 
 Metric = Literal[
@@ -21,18 +22,23 @@ Metric = Literal[
     "sfid",
     "is",
     "precision-recall",
+    "fid-infinity",
     "clip-fid",
     "fdd",
     "kdd",
     "cmmd",
     "fd-efflite0",
     "kid-efflite0",
+    "precision-recall-efflite0",
+    "fd-efflite0-infinity",
+    "loss",
     "clip-score",
     "retrieval",
     "nearest",
     "diversity",
     "geneval",
     "shapeeval",
+    "questions",
 ]
 NOT_RESULTS = ("micro_batch",)
 """Settings that change rounding at most: results with others may be compared."""
@@ -42,11 +48,15 @@ class Protocol(Frozen):
     """How a model is evaluated."""
 
     name: str = setting("of the protocol; of its results too")
-    prompts: Literal["training", "held-out", "classes", "file", "geneval", "shapes"] = setting(
+    prompts: Literal["training", "held-out", "classes", "file", "geneval", "shapes", "questions"] = setting(
         "what is asked for: captions of the run's training or held-out pictures, its classes in equal "
-        "numbers, a file with a prompt a line, or the prompts of GenEval or ShapeEval"
+        "numbers, a file with a prompt a line, the prompts of GenEval or ShapeEval, or a file with questions"
     )
-    prompts_file: str | None = setting("prompts=file or geneval: the file; geneval, null: our own", None)
+    prompts_file: str | None = setting(
+        "prompts=file, questions or geneval: the file; geneval, null: our own", None
+    )
+    judge: JudgeName = setting("questions: who answers; extractors.judge is the place of its weights", "vlm")
+    most_prompts: int | None = setting("of many captions, the first so many; null = all", None, ge=1)
     count: int | None = setting("pictures; null = one of each prompt and seed", None, ge=1)
     seeds: tuple[int, ...] = setting(
         "a picture of each prompt for each; classes: one seed", (1,), min_length=1
@@ -65,6 +75,7 @@ class Protocol(Frozen):
         "fid, sfid, is, precision-recall: how pictures come to 299 px", "tensorflow-bilinear"
     )
     neighbours: int = setting("precision-recall: neighbours that a ball reaches to", 3, ge=1)
+    loss_pictures: int = setting("loss: held-out pictures", 256, ge=1)
     bootstrap: int = setting("rounds of the bootstrap for intervals of distances; 0 = none", 0, ge=0)
     extractors: Mapping[str, str] = Field(
         default_factory=dict, description="places of weights by extractor, where they are not the usual ones"
@@ -74,12 +85,14 @@ class Protocol(Frozen):
     def _fits(self) -> Self:
         if self.prompts == "file" and self.prompts_file is None:
             raise ValueError("prompts is file, but prompts_file is not set")
-        if self.prompts_file is not None and self.prompts not in {"file", "geneval"}:
+        if self.prompts == "questions" and self.prompts_file is None:
+            raise ValueError("prompts is questions, but prompts_file is not set")
+        if self.prompts_file is not None and self.prompts not in {"file", "geneval", "questions"}:
             raise ValueError(f"prompts_file is set, but prompts is {self.prompts}; nothing would read it")
         if (self.reference == "file") != (self.reference_file is not None):
             raise ValueError("reference=file and reference_file need one another; set both or neither")
-        for metric in ("geneval", "shapeeval"):
-            wanted = {"geneval": "geneval", "shapeeval": "shapes"}[metric]
+        for metric in ("geneval", "shapeeval", "questions"):
+            wanted = {"shapeeval": "shapes"}.get(metric, metric)
             if metric in self.metrics and self.prompts != wanted:
                 raise ValueError(f"metric {metric} needs prompts={wanted}, not {self.prompts}")
         if "retrieval" in self.metrics and self.prompts != "training":
@@ -91,8 +104,8 @@ class Protocol(Frozen):
         return self
 
 
-ADM_SUITE: tuple[Metric, ...] = ("fid", "sfid", "is")
-"""Precision and recall need the pictures of ADM's reference batch, which are not read yet."""
+ADM_SUITE: tuple[Metric, ...] = ("fid", "sfid", "is", "precision-recall")
+"""Precision and recall look at the pictures of ADM's reference batch, in the same file."""
 
 
 def _coco(name: str) -> Protocol:
@@ -122,11 +135,31 @@ def protocols() -> dict[str, Protocol]:
         "demo": Protocol(
             name="demo",
             prompts="training",
+            most_prompts=2000,
             seeds=(1, 2),
-            metrics=("retrieval", "kid-efflite0", "fd-efflite0", "nearest", "diversity"),
+            micro_batch=100,
+            metrics=(
+                *("retrieval", "kid-efflite0", "fd-efflite0", "precision-recall-efflite0"),
+                *("loss", "nearest", "diversity"),
+            ),
             bootstrap=100,
         ),
         "shapes": Protocol(name="shapes", prompts="shapes", metrics=("shapeeval",), reference="none"),
+        "geneval": Protocol(
+            name="geneval",
+            prompts="geneval",
+            seeds=(1, 2, 3, 4),
+            metrics=("geneval",),
+            reference="none",
+        ),
+        "dpg": Protocol(
+            name="dpg",
+            prompts="questions",
+            prompts_file="dpg_bench.csv",
+            seeds=(1, 2, 3, 4),
+            metrics=("questions",),
+            reference="none",
+        ),
         "coco30k": _coco("coco30k"),
         "ablation30k": _coco("ablation30k"),
         "imagenet50k": Protocol(

@@ -27,6 +27,8 @@ class Result:
     """Of every picture, higher is better; by them the page shows the best and the worst."""
     nearest: list[int] = field(default_factory=list)
     """Number of the training picture nearest to each."""
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Points of plots: precision over recall, loss over noise."""
     made: dict[str, Any] = field(default_factory=dict)
     """When, where, how long, and with which versions."""
 
@@ -43,13 +45,10 @@ class Result:
             "warnings": self.warnings,
             "scores": self.scores,
             "nearest": self.nearest,
+            "curves": self.curves,
             "made": self.made,
         }
         return json.dumps(rows, indent=1) + "\n"
-
-
-def _known(figure: Figure) -> dict[str, float]:
-    return {key: value for key, value in asdict(figure).items() if value is not None}
 
 
 def markdown(result: Result) -> str:

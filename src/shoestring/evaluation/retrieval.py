@@ -185,7 +185,7 @@ def retrieval_of_folder(
     caption that was never trained on.
 
     Args:
-        samples_dir: folder with the PNGs that ``shoestring sample`` or the demo wrote.
+        samples_dir: folder with the PNGs that ``shoestring sample`` or ``shoestring eval`` wrote.
         training: the training pictures.
         training_captions: caption of each.
         extractor: what makes features of pictures.
@@ -204,7 +204,7 @@ def retrieval_of_folder(
     pictures: list[Tensor] = []
     captions: list[int] = []
     left_out: Counter[str] = Counter()
-    for path in sorted(samples_dir.glob("*.png")):
+    for path in sorted(samples_dir.rglob("*.png")):
         caption, pixels = _read_sample(path, (width, height))
         if caption is None:
             left_out["no caption in the metadata"] += 1

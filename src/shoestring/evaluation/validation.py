@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,32 @@ from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import Process
 from shoestring.interfaces import Conditioning, Denoiser
 from shoestring.runtime import stream
-from shoestring.tensors import Float
+from shoestring.sampling.generate import Pipeline
+from shoestring.tensors import Float, UInt8
+
+
+def loss_of_pictures(
+    pipeline: Pipeline, pictures: UInt8[Tensor, "B 3 H W"], captions: Sequence[str], at_once: int = 64
+) -> dict[float, float]:
+    """The validation loss of a model that was loaded, on pictures, see :func:`validation_loss`.
+
+    Args:
+        pipeline: the model.
+        pictures: real ones.
+        captions: of each; an unconditional model reads none.
+        at_once: pictures that are encoded together.
+
+    Returns:
+        Mean loss by sigma / alpha.
+    """
+    codec, told = pipeline.codec, pipeline.config.model.condition != "none"
+    x0 = []
+    for part in pictures.split(at_once):
+        moments = codec.encode(part)
+        x0.append(codec.latents(moments, torch.zeros(len(part), codec.channels, *moments.shape[2:])))
+    conditioning = pipeline.encode([caption if told else "" for caption in captions])
+    latents = torch.cat(x0).to(pipeline.device)
+    return validation_loss(pipeline.process, pipeline.denoiser, latents, conditioning, at_once)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ class Compared:
     state: str
     train: Sequence[Row]
     validation: Sequence[Row]
+    evaluation: Sequence[Row]
     events: Sequence[Row]
     spent: Mapping[str, Sequence[float]]
     """By axis (``images``, ``flops``, ``s``, ``usd``) what was spent up to each training row; an axis that
@@ -147,6 +148,7 @@ def _read_run(folder: Path, label: str, color: str) -> Compared:
         state=state_of(config, train[-1]["nimg"], works_now(folder)),
         train=train,
         validation=rows_of(log, "validation"),
+        evaluation=rows_of(log, "evaluation"),
         events=[row for row in log if row["kind"] == "event"],
         spent={axis: v for axis, v in known.items() if len(v) == len(train) and v[-1] > 0},
     )

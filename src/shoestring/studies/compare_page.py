@@ -204,6 +204,9 @@ def _losses(runs: Sequence[Compared], axes: Sequence[Axis]) -> str:
     if any(run.validation for run in runs):
         chart = _Chart("Validation loss", "validation loss", total_loss, dots=True)
     cards = [chart.card(runs, axis, f"Over {axis.name}") for axis in axes]
+    if any(run.evaluation for run in runs):
+        quality = _Chart("KID", "KID of samples while training", _quality, dots=True)
+        cards += [quality.card(runs, axis, f"KID over {axis.name}") for axis in axes]
     priceless = [run.label for run in runs if "usd" not in run.spent]
     note = (
         f'<p class="note">No price was set (logging.usd_per_hour) in: {escape(", ".join(priceless))}.</p>'
@@ -211,6 +214,10 @@ def _losses(runs: Sequence[Compared], axes: Sequence[Axis]) -> str:
         else ""
     )
     return f'<h2>Loss against what it took</h2>\n<div class="charts">{"".join(cards)}</div>{note}'
+
+
+def _quality(run: Compared, axis: str) -> list[Point]:
+    return run.points(axis, run.evaluation, lambda row: row.get("kid_efflite0"))
 
 
 def _logged(kind: str, key: str, level: str | None = None) -> Callable[[Compared, str], list[Point]]:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor
 
 from shoestring import __version__
 from shoestring.config import RunConfig, load_yaml, to_yaml
@@ -27,137 +24,62 @@ from shoestring.data.oracle import satisfies
 from shoestring.data.shapes import single_shape_prompts
 from shoestring.data.sources import Splits
 from shoestring.encoders.image import build_codec
-from shoestring.evaluation.distances import frechet_distance, kernel_distance
+from shoestring.evaluation.drawing import draw, pictures_of, wishes
 from shoestring.evaluation.features import EfficientNetLite0Features
-from shoestring.evaluation.retrieval import near_copy_mask, retrieval_of_folder
+from shoestring.evaluation.protocol import find_protocol
+from shoestring.evaluation.retrieval import retrieval_of_folder
 from shoestring.evaluation.uncertainty import wilson_interval
 from shoestring.models.files import build_network
 from shoestring.models.transformer import parameter_counts
 from shoestring.runtime import pick_device, write_text
-from shoestring.sampling.generate import (
-    PNG_KEY,
-    Pipeline,
-    batches,
-    load_pipeline,
-    picture_grid,
-    read_pixels,
-    save_png,
-    to_pil,
-)
+from shoestring.sampling.generate import PNG_KEY, Pipeline, picture_grid, save_png, to_pil
+from shoestring.studies.evaluate import Evaluation, draw_shown
+from shoestring.studies.evaluate_figures import evaluate
+from shoestring.studies.evaluate_page import write_page
 from shoestring.studies.report import ReportData, write_report
 from shoestring.training.display import read_log
-from shoestring.training.folder import checkpoint_folders
 from shoestring.training.loop import train
 from shoestring.training.stage_data import real_pictures
 
-SEEDS = (1, 2)
-"""The two fixed seeds of the retrieval measure."""
 BATCH = 100
-MEASURED_CAPTIONS = 2000
-"""Of larger collections, the first so many captions are drawn and measured."""
+GRID_SEED = 1
 SHAPES_PER_PROMPT = 4
 GRID_SEEN, GRID_UNSEEN = 24, 8
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Pictures that were drawn, with what was asked for."""
-
-    prompts: tuple[str, ...]
-    pictures: Tensor
-
-
-def draw_to_folder(
-    pipeline: Pipeline, folder: Path, prompts: Sequence[str], seeds: Sequence[int], label: str
-) -> Drawn:
-    """Draw every prompt with every seed into PNGs; pictures that are there already are kept.
+def evaluation_metrics(evaluation: Evaluation, console: Console) -> dict[str, float]:
+    """Evaluate by a protocol, and give its figures flat, with the numbers of pictures.
 
     Args:
-        pipeline: the model.
-        folder: where the PNGs go, named by seed and number, with the prompt in their metadata.
-        prompts: captions.
-        seeds: one picture of every caption each.
-        label: shown beside the progress bar.
+        evaluation: by ``demo`` or ``shapes``.
+        console: where a person reads.
 
     Returns:
-        All pictures, seed by seed.
+        Entries of ``metrics.json``.
     """
-    sampling = pipeline.config.sampling
-    jobs = [(seed, part) for seed in seeds for part in batches(len(prompts), BATCH)]
-    for seed, part in track(jobs, description=label, console=Console(stderr=True), transient=True):
-        paths = [folder / f"{seed:02d}-{i:05d}.png" for i in part]
-        parameters = [
-            {
-                "prompt": prompts[i],
-                "seed": seed,
-                "index": i,
-                "nimg": pipeline.nimg,
-                **sampling.model_dump(mode="json"),
-            }
-            for i in part
-        ]
-        if all(_is_drawn(p, q) for p, q in zip(paths, parameters, strict=True)):
-            continue
-        pictures = pipeline.draw([prompts[i] for i in part], seed, part, sampling)
-        for path, parameter, picture in zip(paths, parameters, pictures, strict=True):
-            save_png(path, to_pil(picture), parameter)
-    files = [folder / f"{seed:02d}-{i:05d}.png" for seed in seeds for i in range(len(prompts))]
-    return Drawn(tuple(prompts) * len(seeds), torch.stack([read_pixels(file) for file in files]))
-
-
-def _is_drawn(path: Path, parameters: dict[str, Any]) -> bool:
-    """Whether the file is the picture of these very parameters."""
-    if not path.exists():
-        return False
-    with Image.open(path) as picture:
-        return picture.info.get(PNG_KEY) == json.dumps(parameters)
-
-
-def feature_metrics(splits: Splits, drawn: Drawn, samples: Path) -> dict[str, float]:
-    """Retrieval over all training captions; Fréchet and kernel distance to held-out pictures.
-
-    The distances compare pictures of as many training captions as there are held-out pictures; the floor
-    compares the real pictures of the very same captions with the held-out ones.
-
-    Args:
-        splits: real pictures.
-        drawn: the pictures in ``samples``, all training captions of the first seed first.
-        samples: folder that the retrieval measure is computed from.
-
-    Returns:
-        Flat metrics.
-    """
-    extractor = EfficientNetLite0Features()
-    trained, held = splits.train, splits.held_out
-    metrics = retrieval_of_folder(samples, trained.images, trained.captions, extractor).metrics()
-    captions = list(dict.fromkeys(trained.captions))
-    n = min(len(held), len(captions))
-    if n < 2:
-        return metrics
-    first = [trained.captions.index(caption) for caption in captions[:n]]
-    real = extractor(trained.images[first])
-    never = extractor(held.images[:n])
-    made = extractor(drawn.pictures[:n])
-    kid, floor = kernel_distance(made, never), kernel_distance(real, never)
-    return metrics | {
-        "fd_n": n,
-        "fd_efflite0": frechet_distance(made, never),
-        "fd_efflite0_floor": frechet_distance(real, never),
-        "kid_efflite0": kid.mean,
-        "kid_efflite0_std": kid.std,
-        "kid_efflite0_floor": floor.mean,
-        "held_out_n": len(held),
-        "near_copies_held_out": int(near_copy_mask(held.images, trained.images).sum()),
+    result = evaluate(evaluation, console)
+    write_page(evaluation, result)
+    metrics: dict[str, float] = {}
+    for name, figure in result.figures.items():
+        parts = {"": figure.value, "_low95": figure.low95, "_high95": figure.high95, "_spread": figure.spread}
+        metrics |= {f"{name}{end}": value for end, value in parts.items() if value is not None}
+    counts = {
+        "retrieval_captions": ("retrieval", "captions"),
+        "held_out_n": ("retrieval", "held_out_pictures"),
     }
+    counts |= {"fd_reference_n": ("reference", "pictures"), "fd_floor_n": ("floor", "pictures")}
+    found = {key: result.facts.get(section, {}).get(name) for key, (section, name) in counts.items()}
+    return metrics | {"drawn_n": result.facts["pictures"]} | {k: n for k, n in found.items() if n is not None}
 
 
-def oracle_metrics(pipeline: Pipeline, folder: Path, held_out: float) -> dict[str, float]:
+def oracle_metrics(pipeline: Pipeline, folder: Path, held_out: float, console: Console) -> dict[str, float]:
     """Single-shape prompts judged by the oracle: shape and colour both right.
 
     Args:
         pipeline: a model trained on ``shapes``.
         folder: where the pictures go.
         held_out: share of combinations never trained on.
+        console: where a person reads.
 
     Returns:
         Accuracy with its 95 % interval over pictures, for trained and for held-out combinations.
@@ -166,9 +88,10 @@ def oracle_metrics(pipeline: Pipeline, folder: Path, held_out: float) -> dict[st
     for name, prompts in zip(("trained", "held_out"), single_shape_prompts(held_out), strict=True):
         if not prompts:
             continue
-        seeds = [SEEDS[0] + i for i in range(SHAPES_PER_PROMPT)]
-        drawn = draw_to_folder(pipeline, folder / name, prompts, seeds, f"Drawing {name} combinations")
-        verdicts = [satisfies(p, prompt) for p, prompt in zip(drawn.pictures, drawn.prompts, strict=True)]
+        wanted = wishes(prompts, range(1, 1 + SHAPES_PER_PROMPT))
+        draw_shown(pipeline, folder / name, wanted, pipeline.config.sampling, BATCH, console)
+        pictures = pictures_of(folder / name, wanted)
+        verdicts = [satisfies(p, wish.prompt) for p, wish in zip(pictures, wanted, strict=True)]
         right = sum(v.shape and v.colour for v in verdicts)
         low, high = wilson_interval(right, len(verdicts))
         metrics |= {
@@ -242,37 +165,39 @@ def run_demo(config: RunConfig, folder: Path, console: Console) -> bool:
     start_s, trained_before_s = time.perf_counter(), _trained_s(folder)
     if not train(config, folder, console):
         return False
-    device = pick_device(config.device)
-    checkpoint = checkpoint_folders(folder)[-1]
-    pipeline = load_pipeline(checkpoint, device)
-    splits = real_pictures(config, config.stages[-1], pipeline.codec, folder)
-    captions = tuple(dict.fromkeys(splits.train.captions))[:MEASURED_CAPTIONS]
+    shapes = config.data.source == "shapes"
+    protocol = find_protocol("shapes" if shapes else "demo")
+    evaluation = Evaluation(folder, protocol, None, pick_device(config.device), console)
+    pipeline, splits = evaluation.pipeline, evaluation.splits()
+    captions = tuple(dict.fromkeys(splits.train.captions))
     log = read_log(folder)
     metrics: dict[str, float] = {
         "parameters": _parameters(config),
         "training_captions": len(captions),
         **_training_facts(log),
     }
-    if config.data.source == "shapes":
-        metrics |= oracle_metrics(pipeline, folder / "samples", config.data.held_out)
-    else:
-        drawn = draw_to_folder(pipeline, folder / "samples", captions, SEEDS, "Drawing all captions")
-        with console.status("Measuring"):
-            metrics |= feature_metrics(splits, drawn, folder / "samples")
+    if shapes:
+        metrics |= oracle_metrics(pipeline, folder / "samples", config.data.held_out, console)
+    metrics |= evaluation_metrics(evaluation, console)
     seen = _spread(captions, GRID_SEEN)
     unseen = _spread(splits.held_out.captions, GRID_UNSEEN)
-    shown = draw_to_folder(pipeline, folder / "grid", seen + unseen, SEEDS[:1], "Drawing the grid")
+    shown = wishes(seen + unseen, (GRID_SEED,))
+    draw(pipeline, folder / "grid", shown, config.sampling, len(shown))
+    pictures = pictures_of(folder / "grid", shown)
     zoom = max(1, 64 // pipeline.resolution)
     save_png(
         folder / "grid.png",
-        picture_grid(shown.pictures, columns=8, zoom=zoom),
-        {"prompts": seen + unseen, "seed": SEEDS[0], "nimg": pipeline.nimg},
+        picture_grid(pictures, columns=8, zoom=zoom),
+        {"prompts": seen + unseen, "seed": GRID_SEED, "nimg": pipeline.nimg},
     )
     # Time of this sitting, plus the training of earlier ones if there was an interruption.
     metrics["total_s"] = time.perf_counter() - start_s + trained_before_s
     metrics["peak_memory_gb"] = peak_memory_gb()
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    report = write_report(folder, _report_data(config, folder, pipeline, splits, shown, len(seen), metrics))
+    samples = [
+        (wish.prompt, to_pil(x), wish.number < len(seen)) for wish, x in zip(shown, pictures, strict=True)
+    ]
+    report = write_report(folder, _report_data(config, folder, pipeline, splits, samples, metrics))
     console.print(
         f'Report: {report}. A picture of your own words: shoestring sample {folder} --prompt "{captions[0]}"',
         highlight=False,
@@ -305,17 +230,13 @@ def _report_data(
     folder: Path,
     pipeline: Pipeline,
     splits: Splits,
-    shown: Drawn,
-    seen: int,
+    samples: list[tuple[str, Image.Image, bool]],
     metrics: dict[str, float],
 ) -> ReportData:
     frames = sorted((folder / "progress").glob("*.png"))
     history = [(int(frame.stem), Image.open(frame).convert("RGB")) for frame in frames]
     with Image.open(frames[-1]) as last:
         history_captions = json.loads(last.info[PNG_KEY])["prompts"]
-    pictures = [
-        (p, to_pil(x), i < seen) for i, (p, x) in enumerate(zip(shown.prompts, shown.pictures, strict=True))
-    ]
     return ReportData(
         title=f"shoestring: {config.name}",
         summary=(
@@ -323,8 +244,8 @@ def _report_data(
             f"trained from nothing on {len(splits.train):,} captioned pictures "
             f"({config.data.source}, {pipeline.resolution} x {pipeline.resolution} pixels)."
         ),
-        prompts=pictures,
-        sample_command=_sample_command(folder, shown.prompts[0]),
+        prompts=samples,
+        sample_command=_sample_command(folder, samples[0][0]),
         train_command=f"shoestring train {config.name} data.source=folder data.path=my_pics",
         config_yaml=to_yaml(config),
         log=read_log(folder),
@@ -363,7 +284,7 @@ def quick(config: RunConfig) -> RunConfig:
 
 
 def recompute_retrieval(run: Path, samples: Path) -> dict[str, float]:
-    """The retrieval measure of a finished demo, from its pictures alone.
+    """The retrieval measure from pictures alone.
 
     Args:
         run: run folder, whose ``config.yaml`` says what the training pictures were.

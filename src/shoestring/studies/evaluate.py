@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from shoestring.evaluation.digests import digest_of, file_digest
 from shoestring.evaluation.drawing import Wish, draw, wishes
 from shoestring.evaluation.geneval import Prompt, make_prompts, read_prompts
 from shoestring.evaluation.protocol import Protocol
+from shoestring.evaluation.questions import Questioned, read_questions
 from shoestring.evaluation.shapeeval import ShapePrompt, make_shape_prompts
 from shoestring.runtime import UserError
 from shoestring.sampling.generate import Pipeline, find_model, load_pipeline
-from shoestring.training.display import LiveLine
+from shoestring.training.display import LiveLine, duration
 from shoestring.training.stage_data import real_pictures
 
 SHAPE_PROMPTS = 50
@@ -34,6 +36,7 @@ class Asked:
     wanted: tuple[Wish, ...]
     geneval: tuple[Prompt, ...] = ()
     shapes: tuple[ShapePrompt, ...] = ()
+    questioned: tuple[Questioned, ...] = ()
 
 
 class Evaluation:
@@ -101,6 +104,7 @@ class Evaluation:
         protocol = self.protocol
         geneval: tuple[Prompt, ...] = ()
         shapes: tuple[ShapePrompt, ...] = ()
+        questioned: tuple[Questioned, ...] = ()
         if protocol.prompts == "geneval":
             file = protocol.prompts_file
             geneval = make_prompts() if file is None else read_prompts(Path(file))
@@ -108,10 +112,15 @@ class Evaluation:
         elif protocol.prompts == "shapes":
             shapes = make_shape_prompts(SHAPE_PROMPTS, self.config.data.held_out)
             prompts = [prompt.text for prompt in shapes]
+        elif protocol.prompts == "questions":
+            assert protocol.prompts_file is not None
+            questioned = read_questions(Path(protocol.prompts_file))
+            prompts = [prompt.text for prompt in questioned]
         else:
             prompts = self._captions()
         if not prompts:
             raise UserError(f"protocol {protocol.name}: prompts={protocol.prompts} gives none")
+        prompts = prompts[: protocol.most_prompts]
         wanted = wishes(prompts, protocol.seeds)
         if protocol.count is not None:
             if protocol.prompts != "classes" and protocol.count > len(wanted):
@@ -120,7 +129,7 @@ class Evaluation:
                     f"and {len(protocol.seeds)} seeds give {len(wanted):,} pictures; lower it, or add seeds"
                 )
             wanted = wanted[: protocol.count]
-        return Asked(tuple(wanted), geneval, shapes)
+        return Asked(tuple(wanted), geneval, shapes, questioned)
 
     def _captions(self) -> list[str]:
         protocol = self.protocol
@@ -150,17 +159,49 @@ class Evaluation:
 
     def draw(self) -> None:
         """Draw this process's share."""
-        total = pictures_of_share(len(self.asked.wanted), self.protocol.micro_batch, self.share)
-        began = time.monotonic()
-        with LiveLine(self.console) as line:
+        batch = self.protocol.micro_batch
+        draw_shown(
+            self.pipeline, self.pictures, self.asked.wanted, self.sampling, batch, self.console, self.share
+        )
 
-            def tell(done: int) -> None:
-                left = (time.monotonic() - began) / done * (total - done)
-                line.show(f"drawing {done:,}/{total:,} pictures, {left:,.0f} s left")
+    @property
+    def pictures(self) -> Path:
+        """Folder of what is drawn."""
+        return self.folder / "pictures"
 
-            pictures = self.folder / "pictures"
-            batch = self.protocol.micro_batch
-            draw(self.pipeline, pictures, self.asked.wanted, self.sampling, batch, self.share, tell)
+
+def draw_shown(
+    pipeline: Pipeline,
+    folder: Path,
+    wanted: Sequence[Wish],
+    sampling: SamplingConfig,
+    micro_batch: int,
+    console: Console,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """As :func:`shoestring.evaluation.drawing.draw`, with a line that says how far it is.
+
+    Args:
+        pipeline: the model.
+        folder: where the pictures go.
+        wanted: all of them, also those of other processes.
+        sampling: how.
+        micro_batch: pictures at once.
+        console: where the line is shown.
+        share: which process of how many this is.
+    """
+    total = pictures_of_share(len(wanted), micro_batch, share)
+    price, began = pipeline.config.logging.usd_per_hour, time.monotonic()
+    with LiveLine(console) as line:
+
+        def tell(done: int) -> None:
+            spent = time.monotonic() - began
+            line.show(
+                f"drawing {done:,}/{total:,} pictures  {done / spent:.1f} a second  "
+                f"{duration(spent / done * (total - done))} left  ${spent / 3600 * price:,.2f}"
+            )
+
+        draw(pipeline, folder, wanted, sampling, micro_batch, share, tell)
 
 
 def pictures_of_share(count: int, batch: int, share: tuple[int, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from shoestring.evaluation.drawing import Wish, pictures_of
-from shoestring.evaluation.measures import MEASURES, Figure
+from shoestring.evaluation.measures import BALLS, MEASURES, Figure
 from shoestring.evaluation.result import Result
 from shoestring.runtime import write_text
 from shoestring.sampling.generate import picture_grid
+from shoestring.studies.charts import Line, line_chart
 from shoestring.studies.evaluate import Evaluation
 from shoestring.studies.page import embedded, html_table, table_row
 from shoestring.studies.report_template import PAGE
@@ -43,6 +45,7 @@ def write_page(evaluation: Evaluation, result: Result) -> Path:
         f"the protocol {escape(name)} on {result.facts['pictures']:,} pictures.</p>",
         *(f'<p class="note">{escape(warning)}</p>' for warning in result.warnings),
         _figures(result),
+        _plots(result),
         _pictures(evaluation),
         _extremes(evaluation, result),
         _neighbours(evaluation, result),
@@ -66,8 +69,34 @@ def _cells(figure: Figure) -> list[str]:
     return [f"{figure.value:.4g}", interval, "" if figure.spread is None else f"{figure.spread:.2g}"]
 
 
+def _plots(result: Result) -> str:
+    charts = []
+    for name, points in result.curves.items():
+        if name == "loss":
+            shown = [(math.log10(level), loss) for level, loss in points]
+            line = Line("", shown, "var(--a)", dots=True)
+            words = (
+                "Of the averaged weights on held-out pictures, all patches, noise that is always the same."
+            )
+            charts.append(("Loss by noise level", line_chart([line], [], "log10 of sigma", "loss"), words))
+        else:
+            extractor = "inception" if name == "precision_recall" else "efficientnet-lite0"
+            line = Line("", sorted(points), "var(--a)", dots=True)
+            words = (
+                f"On features of {extractor}; each point has balls to another neighbour: "
+                f"{', '.join(map(str, BALLS[: len(points)]))}. Wider balls raise both."
+            )
+            chart = line_chart([line], [], "recall", "precision", from_zero=True)
+            charts.append(("Precision over recall", chart, words))
+    cards = "".join(
+        f'<div class="card"><h3>{title}</h3>{chart}<p class="note">{words}</p></div>'
+        for title, chart, words in charts
+    )
+    return f'<div class="charts">{cards}</div>' if cards else ""
+
+
 def _read(evaluation: Evaluation, wanted: Sequence[Wish]) -> Tensor:
-    return pictures_of(evaluation.folder / "pictures", wanted)
+    return pictures_of(evaluation.pictures, wanted)
 
 
 def _grid(pictures: Tensor, columns: int, label: str) -> str:

@@ -55,9 +55,10 @@ class ReportData:
 
     ``metrics`` is the content of ``metrics.json``. The page knows ``train_s``, ``total_s``, ``cost_usd``,
     ``images_per_s``, ``peak_share``, ``peak_memory_gb``, ``parameters``, ``training_captions``,
-    ``fd_efflite0``, ``kid_efflite0`` (each with ``_floor``; ``kid_efflite0_std``; ``fd_n``, the pictures a
-    side), those of ``RetrievalResult.metrics``, ``near_copies_held_out`` of ``held_out_n`` and everything
-    that starts with ``oracle_``; the others are in the complete list at its end.
+    ``fd_efflite0``, ``kid_efflite0`` (each with ``_floor``; ``kid_efflite0_spread``), the numbers of pictures
+    ``drawn_n``, ``fd_reference_n`` and ``fd_floor_n``, retrieval, ``near_copies_held_out`` of ``held_out_n``
+    and everything that starts with ``oracle_`` or ``shapeeval``; the others are in the complete list at its
+    end.
     """
 
     title: str
@@ -71,7 +72,8 @@ class ReportData:
     """Shell command that trains on one's own pictures."""
     config_yaml: str
     log: Sequence[Row] = ()
-    """Lines of the run's ``log.jsonl``; other kinds than ``train`` and ``validation`` are passed over."""
+    """Lines of the run's ``log.jsonl``; other kinds than ``train``, ``validation`` and
+    ``evaluation`` are passed over."""
     metrics: Metrics = field(default_factory=dict)
     history: Sequence[tuple[int, Picture]] = ()
     """Sample grids over training: images seen, grid of the same prompts."""
@@ -104,7 +106,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
             _headline(data, train),
             _samples(data.prompts),
             _film(data.history, data.history_captions),
-            _curves(train, _by_progress(data.log, "validation"), stages),
+            _curves(train, _by_progress(data.log, "validation"), rows_of(data.log, "evaluation"), stages),
             _measures(data.metrics),
             _oracle(data.metrics),
             _commands(data),
@@ -207,7 +209,12 @@ def _film(history: Sequence[tuple[int, Picture]], captions: Sequence[str]) -> st
     )
 
 
-def _curves(train: Sequence[Row], validation: Sequence[Row], stages: Sequence[Sequence[Row]]) -> str:
+def _curves(
+    train: Sequence[Row],
+    validation: Sequence[Row],
+    evaluation: Sequence[Row],
+    stages: Sequence[Sequence[Row]],
+) -> str:
     if not train:
         return ""
     starts = [0, *(stage[-1]["nimg"] for stage in stages[:-1])]
@@ -233,12 +240,15 @@ def _curves(train: Sequence[Row], validation: Sequence[Row], stages: Sequence[Se
     ]
     speed = [Line("", [(r["nimg"], r["images_per_s"]) for r in train], "var(--a)")]
     rate = [Line("", [(r["nimg"], r["lr"]) for r in train], "var(--a)")]
+    kid = [Line("", [(r["nimg"], r["kid_efflite0"]) for r in evaluation], "var(--b)", dots=True)]
     x = "images seen"
     cards = [
         ("Loss", line_chart(loss, bands, x, "loss"),
          LOSS),
         ("Validation by noise level", line_chart(per_level, bands, x, "loss"),
          "Held-out pictures under pinned noise, one line a noise level."),
+        ("KID of samples", line_chart(kid, bands, x, "KID") if evaluation else "",
+         "Of a few samples to held-out pictures, features of EfficientNet-Lite0."),
         ("Throughput", line_chart(speed, bands, x, "images a second", from_zero=True),
          "Forward, loss, backward, clipping, optimiser and weight average."),
         ("Learning rate", line_chart(rate, bands, x, "learning rate", from_zero=True), "Of AdamW."),
@@ -293,10 +303,13 @@ def _distances(m: Metrics, rows: list[Sequence[str]], notes: list[str]) -> None:
     frechet, kid = metric(m, "fd_efflite0"), metric(m, "kid_efflite0")
     if frechet is not None:
         rows.append(("FD-EffLite0", short(frechet), floor_text(m, "fd_efflite0_floor"), "lower is better"))
-        n = metric(m, "fd_n")
-        notes.append(FRECHET.format(at=f" (here {whole(n)} pictures a side)" if n is not None else ""))
+        counts = [metric(m, key) for key in ("drawn_n", "fd_floor_n", "fd_reference_n")]
+        known = all(n is not None for n in counts)
+        drawn, floor, held = map(whole, counts)
+        at = f" (here {drawn} pictures, and {floor} for the floor, against {held})" if known else ""
+        notes.append(FRECHET.format(at=at))
     if kid is not None:
-        std = metric(m, "kid_efflite0_std")
+        std = metric(m, "kid_efflite0_spread")
         value = short(kid) if std is None else f"{short(kid)} ± {std:.2g}"
         rows.append(("KID, same features", value, floor_text(m, "kid_efflite0_floor"), "lower is better"))
         notes.append(KID)
@@ -310,14 +323,13 @@ def _retrieval(m: Metrics, rows: list[Sequence[str]], notes: list[str]) -> None:
             interval = "" if low is None or high is None else f" ({percent(low)} to {percent(high)})"
             by_chance = "not measured" if chance is None else f"{percent(chance)} by chance"
             rows.append((f"retrieval top-{k}", percent(share) + interval, by_chance, "higher is better"))
-    pictures, captions = metric(m, "retrieval_n"), metric(m, "retrieval_captions")
-    if pictures is not None:
-        of = f" of {whole(captions)} captions" if captions is not None else ""
-        notes.append(RETRIEVAL.format(pictures=whole(pictures), captions=of))
+    pictures, captions = metric(m, "drawn_n"), metric(m, "retrieval_captions")
+    if rows and pictures is not None and captions is not None:
+        notes.append(RETRIEVAL.format(pictures=whole(pictures), captions=f" of {whole(captions)} captions"))
 
 
 def _near_copies(m: Metrics, rows: list[Sequence[str]], notes: list[str]) -> None:
-    copies, pictures = metric(m, "near_copies"), metric(m, "retrieval_n")
+    copies, pictures = metric(m, "near_copies"), metric(m, "drawn_n")
     others, held_out = metric(m, "near_copies_held_out"), metric(m, "held_out_n")
     if copies is not None:
         found = whole(copies) if pictures is None else f"{whole(copies)} of {whole(pictures)}"
@@ -331,7 +343,7 @@ def _oracle(m: Metrics) -> str:
     rows = []
     for key in m:
         value = metric(m, key)
-        if key.startswith("oracle_") and value is not None:
+        if key.startswith(("oracle_", "shapeeval")) and value is not None:
             text = whole(value) if key.endswith("_n") or value > 1 else percent(value)
             rows.append(table_row([escape(key.removeprefix("oracle_").replace("_", " ")), text]))
     if not rows:

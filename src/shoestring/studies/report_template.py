@@ -123,7 +123,7 @@ STAGES = """Share of peak: FLOPs the model needs (recomputation not counted) ove
 measured in the same run. Medians over the stage."""
 
 FRECHET = """<b>At small N{at} the Fréchet distance is mostly bias</b>: training and held-out pictures are both real, and their
-distance, the floor at the same N, is still far from 0. Read the value beside its floor, never beside another paper's.
+distance, the floor, is still far from 0. Read the value beside its floor, never beside another paper's.
 It is computed on features of EfficientNet-Lite0, so it is not an FID."""
 
 KID = "KID is unbiased: of two samples of one distribution it is 0 on average, and can be negative."

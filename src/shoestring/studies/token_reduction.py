@@ -7,13 +7,12 @@ a row that is written at once to one file, ``results.csv``.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,19 +21,21 @@ from torch import Tensor
 from shoestring.config import RunConfig, SamplingConfig
 from shoestring.data.sources import Splits, load
 from shoestring.evaluation.distances import frechet_distance, kernel_distance
+from shoestring.evaluation.drawing import pictures_of, wishes
+from shoestring.evaluation.extractor import kept_outputs
 from shoestring.evaluation.features import EfficientNetLite0Features
-from shoestring.evaluation.validation import validation_loss
+from shoestring.evaluation.validation import loss_of_pictures
 from shoestring.planning import model_flops
 from shoestring.runtime import (
     TrainingFailed,
     UserError,
-    atomic_write,
     pick_device,
     say,
     stream,
     write_text,
 )
-from shoestring.sampling.generate import Pipeline, batches, load_pipeline, picture_grid, save_png
+from shoestring.sampling.generate import Pipeline, load_pipeline, picture_grid, save_png
+from shoestring.studies.evaluate import draw_shown
 from shoestring.studies.token_cells import Cell, configure
 from shoestring.studies.token_recipes import MEASURED, Preset, base_recipe, parameters, training_flops
 from shoestring.studies.token_rows import Row, append_row, read_json, read_rows
@@ -111,24 +112,17 @@ class Study:
 
     def reference(self, config: RunConfig) -> Tensor:
         """Features of the held-out pictures, computed once."""
-        return self._features("held-out", lambda: self.splits(config).held_out.images)
+        return self._features("held-out", self.splits(config).held_out.images)
 
-    def _features(self, name: str, images: Any) -> Tensor:
-        pictures = images()
-        digest = hashlib.blake2b(pictures.contiguous().numpy().tobytes(), digest_size=6).hexdigest()
-        path = self.folder / f"features-{name}-{digest}.pt"  # other pictures, other file
-        if not path.exists():
-            features = self.extractor(pictures)
-            atomic_write(path, partial(torch.save, features))
-        stored: Tensor = torch.load(path, weights_only=True)
-        return stored
+    def _features(self, label: str, images: Tensor) -> Tensor:
+        return kept_outputs(self.extractor, images, self.folder / "features", label)[0]
 
     def floor(self, config: RunConfig) -> dict[str, float]:
         """Training pictures against held-out ones: what a perfect model would get."""
         images = self.splits(config).train.images
         order = torch.randperm(len(images), generator=stream(0, "floor"))
         count = min(self.preset.many_samples, len(images))
-        made, held = self._features("train", lambda: images[order[:count]]), self.reference(config)
+        made, held = self._features("training", images[order[:count]]), self.reference(config)
         values: dict[str, float] = {}
         for n in sorted({min(count, self.preset.samples), count}):
             values[f"kid_{n}"] = kernel_distance(made[:n], held).mean
@@ -138,7 +132,7 @@ class Study:
     def measure(
         self, cell: Cell, config: RunConfig, checkpoint: Path, guidance: float, counts: Sequence[int]
     ) -> list[Row]:
-        """Draw from a checkpoint and compare with held-out pictures.
+        """Draw from a checkpoint and compare with held-out pictures; pictures are kept until the rows are.
 
         Args:
             cell: which.
@@ -154,7 +148,7 @@ class Study:
         try:
             # Set here and not in the recipe: the settings of a measurement are the study's.
             sampling = config.sampling.model_copy(update={"guidance": guidance})
-            pictures = self._draw(pipeline, sampling, max(counts))
+            pictures = self._draw(pipeline, sampling, max(counts), self._drawn(cell, checkpoint, guidance))
             losses = self._losses(pipeline, config)
         finally:
             pipeline.workers.close()
@@ -187,22 +181,20 @@ class Study:
             rows.append(replace(row, samples=count, kid=kid.mean, kid_spread=kid.std, fd=fd))
         return rows
 
-    def _draw(self, pipeline: Pipeline, sampling: SamplingConfig, count: int) -> Tensor:
+    def _draw(self, pipeline: Pipeline, sampling: SamplingConfig, count: int, folder: Path) -> Tensor:
         names = pipeline.classes or ("",)
-        pictures = []
-        for part in batches(count, DRAW_BATCH):
-            prompts = [names[i % len(names)] for i in part]
-            pictures.append(pipeline.draw(prompts, SAMPLE_SEED, part, sampling))
-        return torch.cat(pictures)
+        wanted = wishes([names[i % len(names)] for i in range(count)], (SAMPLE_SEED,))
+        draw_shown(pipeline, folder, wanted, sampling, DRAW_BATCH, self.console)
+        return pictures_of(folder, wanted)
+
+    def _drawn(self, cell: Cell, checkpoint: Path, guidance: float) -> Path:
+        """Where the pictures of a measurement are while it goes on."""
+        return self._folder(cell) / "drawn" / f"{checkpoint.name}-{guidance:g}"
 
     def _losses(self, pipeline: Pipeline, config: RunConfig) -> dict[float, float]:
         held = self.splits(config).held_out
-        images = held.images[: self.preset.validation_images]
-        moments = pipeline.codec.encode(images)
-        noise = torch.zeros(len(moments), pipeline.codec.channels, *moments.shape[2:])
-        x0 = pipeline.codec.latents(moments, noise)
-        texts = [c if pipeline.classes else "" for c in held.captions[: len(images)]]
-        return validation_loss(pipeline.process, pipeline.denoiser, x0, pipeline.encode(texts))
+        count = self.preset.validation_images
+        return loss_of_pictures(pipeline, held.images[:count], held.captions[:count])
 
     # -- running -------------------------------------------------------------------------------------------
 
@@ -249,6 +241,7 @@ class Study:
                     f"{cell.key} at {nimg:,} images, guidance {guidance:g}: KID {row.kid:.4f}, "
                     f"FD {row.fd:.1f}, loss {row.loss:.4f}",
                 )
+            shutil.rmtree(self._drawn(cell, checkpoint, guidance), ignore_errors=True)
         if diverged:
             nimg = max((int(f.name) for f in checkpoint_folders(folder)), default=0)
             append_row(

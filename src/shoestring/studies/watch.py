@@ -86,10 +86,25 @@ def view(folder: Path, config: RunConfig, log: Sequence[Row]) -> RenderableType:
         stage = [row for row in train if row.get("stage") == last.get("stage")]
         parts.append(_levels("training loss in this stage, by noise level", stage, "loss_per_bin"))
         parts.append(_levels("validation loss, by noise level", validation, "loss_per_level"))
+        parts.append(_quality(rows_of(log, "evaluation")))
     parts.append(_events(log, train))
     parts.append(_files(folder))
     shown = [part for part in parts if part is not None]
     return Group(shown[0], *(spaced for part in shown[1:] for spaced in ("", part)))
+
+
+def _quality(rows: Sequence[Row]) -> Text | None:
+    """The newest kernel distance, and the one before."""
+    if not rows:
+        return None
+    last = rows[-1]
+    text = (
+        f"KID of {last['pictures']} samples to {last['real_pictures']} real pictures: "
+        f"{last['kid_efflite0']:.4g} after {last['nimg']:,} images"
+    )
+    if len(rows) > 1:
+        text += f", {rows[-2]['kid_efflite0']:.4g} after {rows[-2]['nimg']:,}"
+    return Text(text)
 
 
 def _headline(folder: Path, config: RunConfig, last: Row | None) -> Text:

@@ -1,17 +1,21 @@
-"""What happens beside the steps: the validation loss and the sample grids, shared out among the ranks."""
+"""What happens beside the steps: validation loss and sample grids, shared out among the ranks."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shoestring.config import RunConfig
 from shoestring.evaluation.validation import validation_loss
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.models.moe import expert_report, expert_statistics
-from shoestring.sampling.generate import Pipeline, picture_grid, save_png
+from shoestring.sampling.generate import Pipeline, batches, picture_grid, save_png
+from shoestring.tensors import UInt8
 from shoestring.training.schedule import Position
 from shoestring.training.stage_data import StageData
 from shoestring.training.step import Learner, TrainingBatch, batch_loss
@@ -102,30 +106,28 @@ def grid_prompts(config: RunConfig, data: StageData) -> list[str]:
     return prompts or [""] * GRID_PICTURES  # pictures need have no captions
 
 
-def sample_grid(
+def pipeline_of(
     learner: Learner,
     config: RunConfig,
     data: StageData,
     codec: ImageCodec,
     text_encoder: TextEncoder | None,
     nimg: int,
-    folder: Path,
-) -> Path:
-    """Draw a grid with the averaged weights; every rank draws its share.
+) -> Pipeline:
+    """A model in training as one that draws.
 
     Args:
-        learner: whose average draws.
+        learner: the model.
         config: of the run.
         data: of the stage.
         codec: latents to pixels.
         text_encoder: of text-conditional models.
         nimg: images seen.
-        folder: of the pictures.
 
     Returns:
-        The picture; written by the first rank.
+        The pipeline; it draws with whatever weights are applied.
     """
-    pipeline = Pipeline(
+    return Pipeline(
         config,
         learner.denoiser,
         learner.process,
@@ -137,16 +139,55 @@ def sample_grid(
         learner.workers,
         data.classes,
     )
-    prompts, parallel = grid_prompts(config, data), learner.parallel
-    mine = list(range(parallel.rank, len(prompts), parallel.ranks))
-    drawn = mine or [0]  # where weights are shared out, all ranks run the network together
+
+
+def draw_shared(
+    learner: Learner, pipeline: Pipeline, prompts: Sequence[str], seed: int, at_once: int
+) -> UInt8[Tensor, "B 3 H W"]:
+    """Draw with the averaged weights; every rank draws its share, and all get all pictures.
+
+    Args:
+        learner: whose average draws.
+        pipeline: of the learner.
+        prompts: one for each picture.
+        seed: of the noise.
+        at_once: pictures that a rank draws together.
+
+    Returns:
+        The pictures.
+    """
+    parallel = learner.parallel
+    pieces = list(batches(len(prompts), at_once))
+    mine: dict[int, Tensor] = {}
     with learner.averages.applied():
-        pictures = pipeline.draw([prompts[i] for i in drawn], config.seed, drawn, config.sampling)
-    everybody = parallel.gathered(dict(zip(mine, pictures, strict=False)))
+        for first in range(0, len(pieces), parallel.ranks):
+            place = first + parallel.rank
+            # Where weights are shared out, all ranks run the network together: also one without a piece.
+            piece = pieces[min(place, len(pieces) - 1)]
+            pictures = pipeline.draw([prompts[i] for i in piece], seed, piece, pipeline.config.sampling)
+            if place < len(pieces):
+                mine |= dict(zip(piece, pictures, strict=True))
+    placed = {i: picture for part in parallel.gathered(mine) for i, picture in part.items()}
+    return torch.stack([placed[i] for i in range(len(prompts))])
+
+
+def sample_grid(learner: Learner, pipeline: Pipeline, data: StageData, folder: Path) -> Path:
+    """Draw a grid with the averaged weights; every rank draws its share.
+
+    Args:
+        learner: whose average draws.
+        pipeline: of the learner.
+        data: of the stage.
+        folder: of the pictures.
+
+    Returns:
+        The picture; written by the first rank.
+    """
+    config, parallel, nimg = pipeline.config, learner.parallel, pipeline.nimg
+    prompts = grid_prompts(config, data)
+    grid = draw_shared(learner, pipeline, prompts, config.seed, math.ceil(len(prompts) / parallel.ranks))
     path = folder / f"{nimg:09d}.png"
     if parallel.first:
-        placed = {i: picture for part in everybody for i, picture in part.items()}
-        grid = torch.stack([placed[i] for i in range(len(prompts))])
         zoom = max(1, 64 // data.resolution)
         facts = {"nimg": nimg, "prompts": prompts, "seed": config.seed}
         save_png(path, picture_grid(grid, columns=8, zoom=zoom), facts)

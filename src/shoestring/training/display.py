@@ -107,7 +107,7 @@ class RunLog:
         """Append a row; its numbers become curves over images seen, an event's text a note.
 
         Args:
-            kind: ``train``, ``validation`` or ``event``.
+            kind: ``train``, ``validation``, ``evaluation`` or ``event``.
             row: what to write; ``nimg`` must be among it, and ``what`` and ``text`` in an event.
 
         Raises:
@@ -202,12 +202,12 @@ def rows_of(log: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, An
 
     Args:
         log: rows as they were written.
-        kind: ``train`` or ``validation``.
+        kind: ``train``, ``validation`` or ``evaluation``.
 
     Returns:
         Rows whose ``nimg`` grows; of two at the same ``nimg`` the later one.
     """
-    kept: dict[str, list[Mapping[str, Any]]] = {"train": [], "validation": []}
+    kept: dict[str, list[Mapping[str, Any]]] = {"train": [], "validation": [], "evaluation": []}
     for row in log:
         mine = kept.get(row["kind"])
         if mine is None and row.get("what") != "rolled-back":

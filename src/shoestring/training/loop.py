@@ -17,6 +17,7 @@ from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.runtime import TrainingFailed, UserError, say, write_text
+from shoestring.sampling.generate import Pipeline
 from shoestring.training import beside
 from shoestring.training.checkpoint import Checkpoints, Counters, Trained
 from shoestring.training.checks import DataWatch, never_learned
@@ -27,6 +28,7 @@ from shoestring.training.guard import Guard, Verdict
 from shoestring.training.launch import follow_launcher
 from shoestring.training.mark import Damaged, amend_counters, aside, discard
 from shoestring.training.parallel import Parallel, check_batches
+from shoestring.training.quality import sample_quality
 from shoestring.training.record import Record
 from shoestring.training.saving import Saver, due
 from shoestring.training.schedule import Position, learning_rate, position
@@ -65,6 +67,7 @@ class Run:
         parallel.from_first(lambda: check_settings(config, self.codec, self.text_encoder))
         quiet = Console(quiet=True)
         parallel.from_first(lambda: check_stages(config, self.codec, self.text_encoder, folder, quiet))
+        self.quality = sample_quality(config, parallel)
         network = self.setup.network()  # before the data: a mistake in its file is told at once
         self.data = self.setup.data(config.stages[0], self.codec, self.text_encoder)
         measure = self.data.train.sigma_data
@@ -330,22 +333,22 @@ class Run:
                 self.record.row("validation", {"stage": here.stage.name, **row})
             if last or self._crossed(logging.sample_nimg, batch):
                 self._sample()
+            if self.quality is not None and (last or self._crossed(self.quality.interval, batch)):
+                row = self.quality.measure(self.learner, self.data, self._pipeline())
+                self.record.row("evaluation", {"stage": here.stage.name, **row})
             wanted, milestone = due(logging, self.counters.nimg, batch, last)
             if wanted:
                 self._save(keep_forever=milestone)
 
     def _sample(self) -> None:
         with self.record.unless_full():
-            path = beside.sample_grid(
-                self.learner,
-                self.config,
-                self.data,
-                self.codec,
-                self.text_encoder,
-                self.counters.nimg,
-                self.folder / "progress",
-            )
+            path = beside.sample_grid(self.learner, self._pipeline(), self.data, self.folder / "progress")
             self.record.picture("samples", path)
+
+    def _pipeline(self) -> Pipeline:
+        return beside.pipeline_of(
+            self.learner, self.config, self.data, self.codec, self.text_encoder, self.counters.nimg
+        )
 
     def _facts(self) -> dict[str, Any]:
         return {

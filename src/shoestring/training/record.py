@@ -42,7 +42,7 @@ class Record:
         """Write a row.
 
         Args:
-            kind: ``train``, ``validation`` or ``event``.
+            kind: ``train``, ``validation``, ``evaluation`` or ``event``.
             row: without the images seen.
         """
         if self._log is not None:

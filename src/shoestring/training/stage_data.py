@@ -302,7 +302,9 @@ def _in_memory(
         splits = load(data, stage.resolution)
         _check_same_data(config, splits, folder)
         train = prepare(splits.train, codec, text_encoder, config.seed, flip=data.flip)
-        some = splits.held_out.select(range(min(len(splits.held_out), config.logging.validation_images)))
+        logging = config.logging
+        wanted = max(logging.validation_images, logging.kid_pictures if logging.kid_nimg else 0)
+        some = splits.held_out.select(range(min(len(splits.held_out), wanted)))
         held_out = prepare(some, codec, text_encoder) if len(some) else None
     return train, held_out, len(splits.held_out)
 
