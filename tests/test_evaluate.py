@@ -25,8 +25,8 @@ from shoestring.evaluation.alignment import clip_scores
 from shoestring.evaluation.drawing import Wish, draw, picture_file, pictures_of, wishes
 from shoestring.evaluation.features import HUB
 from shoestring.evaluation.geneval import TASKS
-from shoestring.evaluation.measures import Figure, check_enough, check_not_degenerate
-from shoestring.evaluation.moments import Moments, read_moments, read_reference_pictures
+from shoestring.evaluation.measures import Figure, TooFew, check_enough, check_not_degenerate
+from shoestring.evaluation.moments import read_moments, read_reference_pictures
 from shoestring.evaluation.protocol import Protocol, differences, find_protocol, protocols
 from shoestring.evaluation.result import compared, read_result
 from shoestring.runtime import UserError
@@ -464,15 +464,24 @@ def test_quality_while_training_changes_nothing_and_is_in_the_log(run: Path, tmp
         assert other["kid_efflite0"] == pytest.approx(row["kid_efflite0"], rel=0.02)
 
 
-def test_too_few_pictures_and_copies() -> None:
-    moments = Moments.of(torch.randn(5, 3, dtype=torch.float64))
-    check_enough("fid", 2, moments)
-    with pytest.raises(
-        UserError, match=r"needs at least 10 pictures, there are 3; .* be computed: fid, sfid"
-    ):
-        check_enough("is", 3, moments)
-    with pytest.raises(UserError, match="holds only their mean and covariance"):
-        check_enough("precision-recall", 50, moments)
+def test_too_few_pictures_and_copies(run: Path, tmp_path: Path) -> None:
+    check_enough("fid", 2, None, only_moments=True)
+    with pytest.raises(TooFew, match=r"needs at least 10 pictures, there are 3; .* be computed: fid, sfid"):
+        check_enough("is", 3, None)
+    with pytest.raises(TooFew, match="holds only their mean and covariance"):
+        check_enough("precision-recall", 50, None, only_moments=True)
+    check_enough("precision-recall", 50, 4)
+    with pytest.raises(TooFew, match="needs at least 6 real pictures, there are 5"):
+        check_enough("precision-recall", 50, 5, neighbours=5)
+    # Of several metrics, those that can be computed are; the others are named.
+    metrics = "metrics=[precision-recall-efflite0, kid-efflite0]"
+    result = evaluate(Evaluation(run, small("quick", "count=3", metrics), tmp_path, CPU, QUIET), QUIET)
+    assert {"kid_efflite0", "kid_efflite0_floor"} == result.figures.keys()
+    assert "left out: metric precision-recall-efflite0 needs at least 4" in result.warnings[0]
+    alone = small("quick", "count=3", "metrics=[precision-recall-efflite0]")
+    with pytest.raises(UserError, match="needs at least 4 pictures, there are 3"):
+        evaluate(Evaluation(run, alone, tmp_path / "alone", CPU, QUIET), QUIET)
+    assert not (tmp_path / "alone").exists(), "said before anything is drawn"
     rows = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])
     assert check_not_degenerate(rows, "pictures drawn") == "1 of 3 pictures drawn are exact copies of others"
     assert "one and the same" in check_not_degenerate(rows[:2], "pictures drawn")

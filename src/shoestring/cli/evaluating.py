@@ -74,13 +74,17 @@ def run(
         Evaluation(checkpoint, chosen, out, place or pick_device(device), quiet, (rank, ranks)).draw()
         return
     evaluation = Evaluation(checkpoint, chosen, out, pick_device(device), console)
-    if nproc is not None and nproc > 1:
-        check_gpus(nproc)
-        code = Launcher(without_nproc(sys.argv[1:]), nproc, evaluation.folder, console).run()
+    several = nproc is not None and nproc > 1
+
+    def draw_together() -> None:
+        code = Launcher(without_nproc(sys.argv[1:]), nproc or 1, evaluation.folder, console).run()
         if code:
             raise typer.Exit(code)
+
+    if several:
+        check_gpus(nproc or 1)
     with resumable():
-        result = evaluate(evaluation, console)
+        result = evaluate(evaluation, console, draw_together if several else None)
     say(console, f"Report: {write_page(evaluation, result)}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoestring.evaluation.distances import Features, cmmd, frechet_distance, kernel_distance
+from shoestring.evaluation.distances import cmmd, frechet_distance, kernel_distance
 from shoestring.evaluation.manifold import overlaps
 from shoestring.evaluation.moments import Moments
 from shoestring.evaluation.scores import inception_score
@@ -59,8 +59,10 @@ class Measure:
     """Whether it needs real pictures."""
     rows: bool = False
     """Whether it needs the features of every real picture, not only their moments."""
+    balls: bool = False
+    """Whether it looks at neighbours within each set."""
     least: int = 2
-    """Samples that it needs."""
+    """Samples that it needs, and real pictures where it needs each."""
 
 
 def _distance(name: str, distance: Callable[[Tensor, Any], float]) -> Callable[[Compared], dict[str, Figure]]:
@@ -117,7 +119,7 @@ MEASURES: Mapping[str, Measure] = {
     "fid": Measure("inception", _distance("fid", frechet_distance)),
     "sfid": Measure("inception", _distance("sfid", frechet_distance), output=1),
     "is": Measure("inception", _inception_score, output=2, compares=False, least=10),
-    "precision-recall": Measure("inception", _overlap(""), rows=True, least=4),
+    "precision-recall": Measure("inception", _overlap(""), rows=True, balls=True),
     "fid-infinity": Measure("inception", _at_infinity("fid_infinity"), least=50),
     "clip-fid": Measure("clip-vitb32", _distance("clip_fid", frechet_distance)),
     "fdd": Measure("dinov2-vitl14", _distance("fdd", frechet_distance)),
@@ -125,7 +127,7 @@ MEASURES: Mapping[str, Measure] = {
     "cmmd": Measure("clip-vitl14-336", _distance("cmmd", cmmd), rows=True),
     "fd-efflite0": Measure("efficientnet-lite0", _distance("fd_efflite0", frechet_distance)),
     "kid-efflite0": Measure("efficientnet-lite0", _kernel("kid_efflite0"), rows=True),
-    "precision-recall-efflite0": Measure("efficientnet-lite0", _overlap("_efflite0"), rows=True, least=4),
+    "precision-recall-efflite0": Measure("efficientnet-lite0", _overlap("_efflite0"), rows=True, balls=True),
     "fd-efflite0-infinity": Measure("efficientnet-lite0", _at_infinity("fd_efflite0_infinity"), least=50),
 }
 """Metrics of the features of samples. Alignment with prompts is measured elsewhere."""
@@ -147,34 +149,46 @@ HIGHER_IS_BETTER = (
 """Beginnings of the names of figures that are better when they are higher; of others, lower is better."""
 
 
-def check_enough(metric: str, count: int, reference: Features | None) -> None:
+class TooFew(UserError):
+    """A metric cannot be computed from so few pictures; others can."""
+
+
+def check_enough(
+    metric: str, count: int, real: int | None, neighbours: int = 3, only_moments: bool = False
+) -> None:
     """Refuse a metric that what is there does not suffice for.
 
     Args:
         metric: a key of ``MEASURES``.
         count: samples.
-        reference: of real pictures.
+        real: real pictures; ``None`` where nothing is compared, or only their moments are known.
+        neighbours: that balls reach to.
+        only_moments: of the real pictures only moments are known.
 
     Raises:
-        UserError: saying what is needed, and which metrics can be computed.
+        TooFew: saying what is needed, and which metrics can be computed.
     """
 
+    def least(measure: Measure) -> int:
+        return max(measure.least, neighbours + 1) if measure.balls else measure.least
+
     def possible(measure: Measure) -> bool:
-        only_moments = isinstance(reference, Moments)
-        return count >= measure.least and not (measure.rows and only_moments)
+        enough = real is None or not measure.rows or real >= least(measure)
+        return count >= least(measure) and enough and not (measure.rows and only_moments)
 
     measure = MEASURES[metric]
     if possible(measure):
         return
     others = ", ".join(name for name, each in MEASURES.items() if possible(each)) or "none"
-    if count < measure.least:
-        raise UserError(
-            f"metric {metric} needs at least {measure.least} pictures, there are {count}; with these can be "
-            f"computed: {others}"
+    if measure.rows and only_moments:
+        raise TooFew(
+            f"metric {metric} needs the features of every real picture, the reference holds only their mean "
+            f"and covariance; take a reference of pictures, or metrics among {others}"
         )
-    raise UserError(
-        f"metric {metric} needs the features of every real picture, the reference holds only their mean and "
-        f"covariance; take a reference of pictures, or metrics among {others}"
+    kind, there = ("", count) if count < least(measure) else ("real ", real)
+    raise TooFew(
+        f"metric {metric} needs at least {least(measure)} {kind}pictures, there are {there}; with these can "
+        f"be computed: {others}"
     )
 
 

@@ -1,0 +1,174 @@
+"""The real pictures that an evaluation compares with, and their features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from shoestring.data.records import CaptionedImages, Splits
+from shoestring.evaluation.digests import file_digest, pictures_digest
+from shoestring.evaluation.distances import frechet_distance, kernel_distance
+from shoestring.evaluation.extractor import Extractor, kept_outputs
+from shoestring.evaluation.measures import Figure, Measure
+from shoestring.evaluation.moments import Moments, has_pictures, read_moments, read_reference_pictures
+from shoestring.evaluation.protocol import Protocol
+from shoestring.runtime import UserError
+
+FLOORS = ("fid", "fdd", "kdd", "fd-efflite0", "kid-efflite0")
+"""Metrics whose value for real pictures is said too."""
+Pictures = Sequence[Tensor] | Tensor
+"""uint8 ``3 H W`` each; a sequence may read them from files."""
+
+
+class Reference:
+    """Real pictures, or statistics of some.
+
+    Args:
+        protocol: which.
+        splits: gives the pictures of the run.
+        folder: of features that were computed.
+        facts: of the result; what was compared with is written there.
+        console: where a person reads.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        splits: Callable[[], Splits],
+        folder: Path,
+        facts: dict[str, Any],
+        console: Console,
+    ) -> None:
+        self.protocol, self.splits, self.folder = protocol, splits, folder
+        self.facts, self.console = facts, console
+
+    def features(self, extractor: Extractor, what: str, pictures: Pictures) -> tuple[Tensor, ...]:
+        """Outputs of an extractor, kept in a file.
+
+        Args:
+            extractor: what looks.
+            what: how people call the pictures.
+            pictures: at least one.
+
+        Returns:
+            All outputs.
+        """
+        with self.console.status(f"Looking at {len(pictures):,} {what} pictures with {extractor.name}"):
+            return kept_outputs(extractor, pictures, self.folder, what)
+
+    def size(self, measure: Measure, extractor: Extractor) -> int | None:
+        """How many real pictures a metric can look at one by one.
+
+        Args:
+            measure: of the metric.
+            extractor: of the metric.
+
+        Returns:
+            ``None`` where only their moments are known.
+
+        Raises:
+            UserError: if the reference is missing or of another kind.
+        """
+        if self.protocol.reference != "file":
+            return len(self.pictures)
+        if self._with_pictures:
+            return len(self._file_pictures)
+        self._moments(measure, extractor)
+        return None
+
+    def of(self, measure: Measure, extractor: Extractor) -> Tensor | Moments:
+        """What a metric compares with.
+
+        Args:
+            measure: of the metric.
+            extractor: of the metric.
+
+        Returns:
+            A row for each real picture, or their moments.
+
+        Raises:
+            UserError: if the reference is missing or of another kind.
+        """
+        if self.protocol.reference == "file":
+            self.facts["reference"] = {"file": file_digest(self._file)}
+            if not (measure.rows and self._with_pictures):
+                return self._moments(measure, extractor)
+            return self.features(extractor, "reference", self._file_pictures)[measure.output]
+        images = self.pictures.images
+        self.facts["reference"] = {"pictures": len(images), "digest": pictures_digest(images)}
+        return self.features(extractor, self.protocol.reference, images)[measure.output]
+
+    def floor(self, name: str, extractor: Extractor, measure: Measure, count: int) -> dict[str, Figure]:
+        """The distance of training pictures from held-out ones: what a perfect model would get.
+
+        Args:
+            name: of the metric.
+            extractor: of the metric.
+            measure: of the metric.
+            count: at most so many training pictures.
+
+        Returns:
+            A figure, or none where the reference is not held out.
+        """
+        if self.protocol.reference != "held-out" or name not in FLOORS:
+            return {}
+        training = self.splits().train.images
+        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:count]
+        self.facts["floor"] = {"pictures": len(order)}
+        real = self.features(extractor, "training", training[order])[measure.output]
+        held = self.features(extractor, "held-out", self.pictures.images)[measure.output]
+        kernel = "kid" in name or "kdd" in name
+        value = kernel_distance(real, held).mean if kernel else frechet_distance(real, held)
+        return {f"{name.replace('-', '_')}_floor": Figure(value)}
+
+    @cached_property
+    def pictures(self) -> CaptionedImages:
+        """Of the run, training or held-out; a mistake if the protocol has none, or there are too few."""
+        if self.protocol.reference == "none":
+            raise UserError(
+                f"protocol {self.protocol.name}: its metrics compare with real pictures, reference is none"
+            )
+        found = self.splits().train if self.protocol.reference == "training" else self.splits().held_out
+        if len(found) < 2:
+            raise UserError(
+                f"protocol {self.protocol.name}: reference={self.protocol.reference} has {len(found)} "
+                "pictures; at least 2 are needed (data.held_out keeps some out of training)"
+            )
+        return found
+
+    # -- a file --------------------------------------------------------------------------------------------
+
+    @property
+    def _file(self) -> Path:
+        assert self.protocol.reference_file is not None
+        return Path(self.protocol.reference_file)
+
+    @cached_property
+    def _with_pictures(self) -> bool:
+        return has_pictures(self._file)
+
+    @cached_property
+    def _file_pictures(self) -> Tensor:
+        return read_reference_pictures(self._file)
+
+    def _moments(self, measure: Measure, extractor: Extractor) -> Moments:
+        moments = read_moments(self._file, spatial=measure.output == 1)
+        width = len(moments.mean_F)
+        if measure.output == 0 and width != extractor.width:
+            raise UserError(
+                f"{self._file} holds statistics of {width} features, and {extractor.name} gives "
+                f"{extractor.width}; they are of another extractor"
+            )
+        made_by = moments.made.get("extractor")
+        if made_by is not None and made_by != extractor.identity.digest:
+            raise UserError(
+                f"{self._file} was made with another extractor or resize than {extractor.name}, "
+                f"{extractor.resize}; make it anew with shoestring eval stats"
+            )
+        return moments
