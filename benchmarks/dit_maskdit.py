@@ -64,7 +64,7 @@ class Kind:
     """One side."""
 
     name: str
-    network: Callable[[maskdit.Size, int], ModelConfig]
+    network: Callable[..., ModelConfig]
     tokens: TokensConfig
     masked: bool
 
@@ -99,12 +99,12 @@ class Row:
 
 
 PUBLISHED_SOURCE = "published: bar charts of the MaskDiT project page, read off by pixel (1 to 2 %)"
-# precision, then (steps per second, GB a GPU) at batch 256 and 1024; XL/2 at 256 pixels, 8 GPUs
-PUBLISHED = (
-    ("DiT", 0.0, "tf32", (2.24, 39.4), (0.61, 109.0)),
-    ("MDT (published)", 0.0, "tf32", (1.21, 78.2), (0.33, 255.0)),
-    ("MaskDiT", 0.5, "tf32", (4.35, 28.3), (1.35, 65.0)),
-    ("MaskDiT", 0.5, "fp16", (5.70, 25.8), (2.16, 49.0)),
+# mask, precision, then (steps per second, GB a GPU) by batch; XL/2 at 256 pixels, 8 GPUs
+PUBLISHED: tuple[tuple[str, float, str, dict[int, tuple[float, float]]], ...] = (
+    ("DiT", 0.0, "tf32", {256: (2.24, 39.4), 1024: (0.61, 109.0)}),
+    ("MDT (published)", 0.0, "tf32", {256: (1.21, 78.2), 1024: (0.33, 255.0)}),
+    ("MaskDiT", 0.5, "tf32", {256: (4.35, 28.3), 1024: (1.35, 65.0)}),
+    ("MaskDiT", 0.5, "fp16", {256: (5.70, 25.8), 1024: (2.16, 49.0)}),
 )
 """Bars above 80 GB a GPU are extrapolated by the authors."""
 
@@ -112,11 +112,10 @@ PUBLISHED = (
 def published_rows() -> list[Row]:
     """The published figures, as ratios to the official DiT."""
     rows = []
-    for place, batch in ((3, 256), (4, 1024)):
-        speed, memory = PUBLISHED[0][place]
-        for figures in PUBLISHED:
-            name, mask, precision = figures[:3]
-            own_speed, own_memory = figures[place]
+    for batch in (256, 1024):
+        speed, memory = PUBLISHED[0][3][batch]
+        for name, mask, precision, figures in PUBLISHED:
+            own_speed, own_memory = figures[batch]
             rows.append(
                 Row(
                     side=name,

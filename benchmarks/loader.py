@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -175,7 +175,7 @@ def mapped(folder: Path, rows: int, batch: int, batches: int, start: int) -> int
 class _Collate:
     """Rows of ``datasets`` to a batch."""
 
-    def __call__(self, rows: list[dict[str, object]]) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: list[dict[str, bytes]]) -> tuple[Tensor, Tensor]:
         moments = np.stack([np.frombuffer(row["moments"], np.float16).reshape(8, 32, 32) for row in rows])
         tokens = [np.frombuffer(row["tokens"], np.int8).reshape(-1, WIDTH) for row in rows]
         text_BSD = np.zeros((len(rows), max(map(len, tokens)), WIDTH), np.float32)
@@ -214,7 +214,7 @@ def others(folder: Path, store: Store) -> None:
             tokens.writelines(v.ljust(LONGEST * WIDTH, b"\0") for v in batch[text[0]].to_pylist())
             scales.writelines(v.ljust(LONGEST * 2, b"\0") for v in batch[text[1]].to_pylist())
 
-    def rows():
+    def rows() -> Iterator[dict[str, bytes]]:
         pairs = zip(
             store.records.to_batches(columns=["moments_256"], batch_size=UNIT),
             store.texts.to_batches(columns=text, batch_size=UNIT),
@@ -283,7 +283,7 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def memory(folder: Path, rows: int, batch: int, epochs: int) -> list[dict[str, object]]:
+def memory(folder: Path, rows: int, batch: int, epochs: int) -> list[dict[str, float]]:
     """Print how memory grows over epochs of a store with three shapes; returns the rows."""
     uri = folder / "buckets"
     store = Store(str(uri)) if (uri / "manifest").exists() else build(uri, rows, WIDE)

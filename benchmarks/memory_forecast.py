@@ -16,7 +16,7 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -184,9 +184,9 @@ def measured_bytes(config: RunConfig, device: torch.device) -> int:
 def compare(config: RunConfig, device: torch.device) -> tuple[int, int]:
     """Forecast and measured bytes of a run's only stage."""
     stage = config.stages[0]
-    forecast = forecast_memory(
-        config, stage, micro_batch=stage.micro_batch or stage.batch, device_type=device.type
-    )
+    micro_batch = stage.micro_batch or stage.batch
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    forecast = forecast_memory(config, stage, micro_batch=micro_batch, device_type=kind)
     return forecast.total, measured_bytes(config, device)
 
 

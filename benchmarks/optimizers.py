@@ -45,7 +45,7 @@ def lengths(options: argparse.Namespace) -> dict[str, list[int]]:
     kept = options.out / "lengths.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    costs, found = {}, {}
+    costs, found = {}, dict[str, list[int]]()
     for kind, changes in KINDS.items():
         config = recipes.resolve("demo", changes)
         costs[kind] = measured_costs(config, options.steps, None, Console())

@@ -179,7 +179,7 @@ def measure_overhead(folder: Path, rows: int, turns: int, blocks: int, threads: 
         if turn:  # the first warms up
             plain.append(one)
             stored.append(two)
-    figures = {}
+    figures: dict[str, float] = {}
     for i, kind in enumerate(("by the clock", "of the processors")):
         alone = statistics.median(pair[i] for pair in plain)
         whole = statistics.median(pair[i] for pair in stored)

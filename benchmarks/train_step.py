@@ -207,6 +207,7 @@ def build_reference(config: ModelConfig, ours: MicroDiT) -> Step:
 
 def reference_loss(model: ReferenceMicroDiT, batch: TrainingBatch, mask_ratio: float) -> torch.Tensor:
     """The reference's loss of a batch."""
+    assert batch.conditioning.text_BSD is not None
     return model.loss(
         batch.x0,
         batch.conditioning.text_BSD,
@@ -225,6 +226,7 @@ def reference_flops(config: ModelConfig, mask_ratio: float) -> float:
     with torch.device("meta"):
         model = ReferenceMicroDiT(ReferenceConfig.like(config, SIDE))
     batch = make_batch(config, 1, torch.Generator())
+    assert batch.conditioning.text_BSD is not None
     meta = TrainingBatch(
         batch.x0.to("meta"),
         Conditioning(batch.conditioning.text_BSD.to("meta")),
@@ -277,6 +279,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
                     )
                 if i >= options.warmup:
                     pairs.append((reference_s, ours_s))
+                    assert cut.conditioning.text_BSD is not None
                     seen.append(cut.conditioning.text_BSD.shape[1])
             medians = tuple(statistics.median(column) for column in zip(*pairs, strict=True))
             times[size, mask_ratio], lengths[size, mask_ratio] = medians, statistics.median_low(seen)

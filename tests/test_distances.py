@@ -83,6 +83,18 @@ def test_fewer_samples_than_features() -> None:
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
 
 
+def test_where_the_matrix_root_goes_wrong() -> None:
+    """Twenty samples of 128 large features against themselves: the root of a singular product is far off."""
+    a = 1e4 * np.random.default_rng(0).normal(size=(20, 128))
+    assert by_scipy(a, a) < -100
+    rounding = 1e-12 * np.cov(a, rowvar=False).trace()
+    assert frechet_distance(a, a) == pytest.approx(0, abs=rounding)
+    # One more sample, where the truth is known in the few coordinates that the samples fill.
+    b = np.concatenate([a, a[:1] + 1])
+    basis, _ = np.linalg.qr(b.T)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(a @ basis, b @ basis), rel=1e-8)
+
+
 @pytest.mark.parametrize("shape", [(5, 20), (60, 6)])
 def test_identical_sets_have_distance_zero(shape: tuple[int, int]) -> None:
     a = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import forks
@@ -73,6 +74,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(name: str, *changes: str) -> Protocol:
     return apply_overrides(find_protocol(name), ["micro_batch=8", *changes])
+
+
+def compared_with(file: Path) -> list[str]:
+    return ["reference=file", f"reference_files={{efficientnet-lite0: {file}}}"]
 
 
 # -- pictures ----------------------------------------------------------------------------------------------
@@ -346,10 +351,16 @@ def test_mistakes_are_sentences(run: Path, tmp_path: Path, mistake) -> None:
         "eval", run, "count=4", "micro_batch=4", "reference=none", "--out", tmp_path
     )
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
-    words = ["metrics=[fd-efflite0]", "reference=file", f"reference_file={tmp_path / 'other.npz'}"]
+    words = [
+        "metrics=[fd-efflite0]",
+        "reference=file",
+        f"reference_files={{efficientnet-lite0: {tmp_path / 'other.npz'}}}",
+    ]
     said = mistake("eval", run, "count=4", "micro_batch=4", *words, "--out", tmp_path)
     assert "holds statistics of 7 features, and efficientnet-lite0 gives 1280" in said
     (tmp_path / "empty").mkdir()
+    said = mistake("eval", run, "count=4", "metrics=[fid]", "reference=file", "reference_files={a: b.npz}")
+    assert "weights of inception" in said or "reference_files has none of inception, only of a" in said
     stats = ("eval", "stats", tmp_path / "empty", "--out", tmp_path / "s.npz")
     assert "holds 0 pictures; at least 2" in mistake(*stats)
     assert "ends in .npz" in mistake("eval", "stats", tmp_path, "--out", "stats.txt")
@@ -366,7 +377,7 @@ def test_statistics_of_a_folder_serve_as_reference(run: Path, tmp_path: Path, mi
     out = tmp_path / "stats.npz"
     words = ["eval", "stats", str(pictures), "--out", str(out), "--extractor", "efficientnet-lite0"]
     app(words, standalone_mode=False)
-    place = ["reference=file", f"reference_file={out}"]
+    place = compared_with(out)
     protocol = small("quick", "count=6", "metrics=[fd-efflite0]", *place)
     result = evaluate(Evaluation(run, protocol, tmp_path / "eval", CPU, QUIET), QUIET)
     assert result.figures["fd_efflite0"].value > 0
@@ -374,12 +385,16 @@ def test_statistics_of_a_folder_serve_as_reference(run: Path, tmp_path: Path, mi
     assert "cannot be read as a picture" in mistake(*words)
     made = tmp_path / "made.npz"
     shutil.copy(out, made)
-    wrong = apply_overrides(protocol, [f"reference_file={made}", "metrics=[kid-efflite0]"])
+    assert any("5 reference pictures are fewer than the 1280 features" in text for text in result.warnings)
+    assert any("6 pictures drawn are fewer than the 1280 features" in text for text in result.warnings)
+    wrong = apply_overrides(
+        protocol, [f"reference_files={{efficientnet-lite0: {made}}}", "metrics=[kid-efflite0]"]
+    )
     with pytest.raises(UserError, match=r"needs the features of every real picture.*fd-efflite0"):
         evaluate(Evaluation(run, wrong, tmp_path / "eval", CPU, QUIET), QUIET)
 
 
-def test_statistics_of_a_store_are_those_of_its_pictures(tmp_path: Path, mistake) -> None:
+def test_statistics_of_a_store_are_those_of_its_pictures(tmp_path: Path, mistake, capsys) -> None:
     from shoestring.cli.main import app
 
     folder = make_folder(
@@ -396,6 +411,10 @@ def test_statistics_of_a_store_are_those_of_its_pictures(tmp_path: Path, mistake
             standalone_mode=False,
         )
         found[name] = read_moments(tmp_path / f"{name}.npz")
+    assert "the pictures have 4 sizes" not in capsys.readouterr().err
+    mixed = ["eval", "stats", str(folder), "--out", str(tmp_path / "mixed.npz"), *words[:2]]
+    app(mixed, standalone_mode=False)
+    assert "the pictures have 4 sizes" in capsys.readouterr().err
     assert found["store"].count == 4
     assert found["store"].made["side"] == "24"
     # The same set: the order of its rows, and so the rounding, may differ.
@@ -413,7 +432,7 @@ def test_a_reference_of_adm_holds_pictures_too(run: Path, tmp_path: Path) -> Non
     batch = tmp_path / "batch.npz"
     np.savez(batch, arr_0=pictures, mu=np.zeros(1280), sigma=np.eye(1280))
     assert torch.equal(read_reference_pictures(batch)[3], torch.from_numpy(pictures[3]).permute(2, 0, 1))
-    place = ["reference=file", f"reference_file={batch}"]
+    place = compared_with(batch)
     protocol = small("quick", "count=8", "metrics=[precision-recall-efflite0, fd-efflite0]", *place)
     result = evaluate(Evaluation(run, protocol, tmp_path / "eval", CPU, QUIET), QUIET)
     assert {"precision_efflite0", "recall_efflite0", "fd_efflite0"} == result.figures.keys() - {
@@ -438,6 +457,17 @@ def test_a_judge_answers_questions(run: Path, tmp_path: Path) -> None:
     assert result.figures.keys() == {"questions", "questions_all", "questions_shape"}
     assert len(result.scores["questions"]) == 4  # a picture of the prompt for each seed
     assert result.figures["questions"].value == np.mean(result.scores["questions"])
+
+
+def test_pictures_that_are_not_finite_are_no_pictures(run: Path, tmp_path: Path, mistake) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    file = broken / "checkpoints/000000064/ema.safetensors"
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    save_file({name: value * torch.nan for name, value in load_file(file).items()}, file, about)
+    said = mistake("eval", broken, "count=4", "micro_batch=4", "--out", tmp_path / "eval")
+    assert "4 of 4 pictures have NaN or infinite values (the first one has seed 1, number 0)" in said
 
 
 # -- while training ----------------------------------------------------------------------------------------

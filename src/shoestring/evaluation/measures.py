@@ -59,6 +59,8 @@ class Measure:
     """Whether it needs real pictures."""
     rows: bool = False
     """Whether it needs the features of every real picture, not only their moments."""
+    moments: bool = False
+    """Whether it compares means and covariances."""
     balls: bool = False
     """Whether it looks at neighbours within each set."""
     least: int = 2
@@ -116,19 +118,21 @@ def _inception_score(given: Compared) -> dict[str, Figure]:
 
 
 MEASURES: Mapping[str, Measure] = {
-    "fid": Measure("inception", _distance("fid", frechet_distance)),
-    "sfid": Measure("inception", _distance("sfid", frechet_distance), output=1),
+    "fid": Measure("inception", _distance("fid", frechet_distance), moments=True),
+    "sfid": Measure("inception", _distance("sfid", frechet_distance), output=1, moments=True),
     "is": Measure("inception", _inception_score, output=2, compares=False, least=10),
     "precision-recall": Measure("inception", _overlap(""), rows=True, balls=True),
-    "fid-infinity": Measure("inception", _at_infinity("fid_infinity"), least=50),
-    "clip-fid": Measure("clip-vitb32", _distance("clip_fid", frechet_distance)),
-    "fdd": Measure("dinov2-vitl14", _distance("fdd", frechet_distance)),
+    "fid-infinity": Measure("inception", _at_infinity("fid_infinity"), moments=True, least=50),
+    "clip-fid": Measure("clip-vitb32", _distance("clip_fid", frechet_distance), moments=True),
+    "fdd": Measure("dinov2-vitl14", _distance("fdd", frechet_distance), moments=True),
     "kdd": Measure("dinov2-vitl14", _kernel("kdd"), rows=True),
     "cmmd": Measure("clip-vitl14-336", _distance("cmmd", cmmd), rows=True),
-    "fd-efflite0": Measure("efficientnet-lite0", _distance("fd_efflite0", frechet_distance)),
+    "fd-efflite0": Measure("efficientnet-lite0", _distance("fd_efflite0", frechet_distance), moments=True),
     "kid-efflite0": Measure("efficientnet-lite0", _kernel("kid_efflite0"), rows=True),
     "precision-recall-efflite0": Measure("efficientnet-lite0", _overlap("_efflite0"), rows=True, balls=True),
-    "fd-efflite0-infinity": Measure("efficientnet-lite0", _at_infinity("fd_efflite0_infinity"), least=50),
+    "fd-efflite0-infinity": Measure(
+        "efficientnet-lite0", _at_infinity("fd_efflite0_infinity"), moments=True, least=50
+    ),
 }
 """Metrics of the features of samples. Alignment with prompts is measured elsewhere."""
 

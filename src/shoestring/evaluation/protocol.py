@@ -68,8 +68,9 @@ class Protocol(Frozen):
     reference: Literal["training", "held-out", "file", "none"] = setting(
         "real pictures that distances compare with: the run's own, or statistics in a file", "held-out"
     )
-    reference_file: str | None = setting(
-        "reference=file: .npz of shoestring eval stats, ADM or clean-fid", None
+    reference_files: Mapping[str, str] = Field(
+        default_factory=dict,
+        description="reference=file: .npz of shoestring eval stats, ADM or clean-fid for each extractor",
     )
     resize: Literal["tensorflow-bilinear", "pillow-bicubic"] = setting(
         "fid, sfid, is, precision-recall: how pictures come to 299 px", "tensorflow-bilinear"
@@ -89,8 +90,8 @@ class Protocol(Frozen):
             raise ValueError("prompts is questions, but prompts_file is not set")
         if self.prompts_file is not None and self.prompts not in {"file", "geneval", "questions"}:
             raise ValueError(f"prompts_file is set, but prompts is {self.prompts}; nothing would read it")
-        if (self.reference == "file") != (self.reference_file is not None):
-            raise ValueError("reference=file and reference_file need one another; set both or neither")
+        if (self.reference == "file") != bool(self.reference_files):
+            raise ValueError("reference=file and reference_files need one another; set both or neither")
         for metric in ("geneval", "shapeeval", "questions"):
             wanted = {"shapeeval": "shapes"}.get(metric, metric)
             if metric in self.metrics and self.prompts != wanted:
@@ -115,7 +116,10 @@ def _coco(name: str) -> Protocol:
         prompts="file",
         prompts_file="coco2014-val-30k.txt",
         reference="file",
-        reference_file="coco2014-val-256.npz",
+        reference_files={
+            "inception": "coco2014-val-256.npz",
+            "clip-vitb32": "coco2014-val-256-clip.npz",
+        },
         metrics=("fid", "clip-fid", "clip-score"),
         sampling=SamplingConfig(sampler="heun", steps=18, guidance=1.5),
         resize="pillow-bicubic",
@@ -167,7 +171,7 @@ def protocols() -> dict[str, Protocol]:
             prompts="classes",
             count=50_000,
             reference="file",
-            reference_file="VIRTUAL_imagenet256_labeled.npz",
+            reference_files={"inception": "VIRTUAL_imagenet256_labeled.npz"},
             metrics=ADM_SUITE,
             sampling=SamplingConfig(sampler="heun", steps=40, guidance=1.0),
         ),

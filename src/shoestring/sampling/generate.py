@@ -91,6 +91,8 @@ class Pipeline:
     workers: Workers
     classes: tuple[str, ...] = ()
     """Class names by number, of class-conditional models."""
+    strict: bool = True
+    """Refuse pictures that are not finite; while training the guard decides what happens."""
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """The condition that prompts ask for, on the pipeline's device; an empty text asks for none.
@@ -149,6 +151,9 @@ class Pipeline:
 
         Returns:
             Pixels, on the CPU.
+
+        Raises:
+            UserError: if a prompt asks for what the model does not know, or a picture is not finite.
         """
         prompts = list(prompts)
         side = self.resolution // self.codec.downsampling
@@ -182,7 +187,19 @@ class Pipeline:
             )
 
         parts = list(batches(len(prompts), math.ceil(len(prompts) / pieces)))
-        return self.codec.decode(torch.cat(self.workers.map(run, parts))).cpu()
+        x0 = torch.cat(self.workers.map(run, parts))
+        if self.strict:
+            self._check_finite(x0, seed, images)
+        return self.codec.decode(x0).cpu()
+
+    def _check_finite(self, x0: Tensor, seed: int, images: Sequence[int]) -> None:
+        broken = (~x0.flatten(1).isfinite().all(dim=1)).nonzero()
+        if len(broken):
+            raise UserError(
+                f"{len(broken)} of {len(x0)} pictures have NaN or infinite values (the first one has seed "
+                f"{seed}, number {images[int(broken[0])]}); the model has diverged, or overflows in "
+                f"{self.config.precision}: try precision=fp32, or an earlier checkpoint"
+            )
 
     def _captions(self, prompts: list[str], negative: str | None) -> tuple[Conditioning, Conditioning | None]:
         """Captions and negatives padded to one length."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +26,7 @@ from shoestring.evaluation.measures import (
     check_enough,
     check_not_degenerate,
 )
+from shoestring.evaluation.moments import Moments
 from shoestring.evaluation.neighbours import diversity, nearest_training
 from shoestring.evaluation.questions import score_questions
 from shoestring.evaluation.result import Result, in_words, markdown
@@ -133,8 +134,22 @@ class Measuring:
         if not measure.compares:
             return measure.compute(Compared(made, None))
         real = self.reference.of(measure, extractor)
+        if measure.moments:
+            known = real.count if isinstance(real, Moments) else len(real)
+            counts = {"pictures drawn": len(made), "reference pictures": known}
+            self._warn_of_few(counts, made.shape[1], result)
         given = Compared(made, real, self.protocol.neighbours, self.protocol.bootstrap, result.curves)
         return measure.compute(given) | self.reference.floor(name, extractor, measure, len(made))
+
+    def _warn_of_few(self, counts: Mapping[str, int | None], width: int, result: Result) -> None:
+        """Fewer pictures than features have a covariance without full rank."""
+        for name, count in counts.items():
+            warning = (
+                f"{count} {name} are fewer than the {width} features: a Fréchet distance at such an N is "
+                "mostly bias; compare it with its floor, or at equal N only"
+            )
+            if count is not None and count < width and warning not in result.warnings:
+                result.warnings.append(warning)
 
     def _loss(self, pictures: Pictures, result: Result) -> dict[str, Figure]:
         """On held-out pictures, all patches, noise that is always the same."""

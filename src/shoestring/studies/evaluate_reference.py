@@ -47,6 +47,7 @@ class Reference:
     ) -> None:
         self.protocol, self.splits, self.folder = protocol, splits, folder
         self.facts, self.console = facts, console
+        self._read: dict[Path, Tensor] = {}
 
     def features(self, extractor: Extractor, what: str, pictures: Pictures) -> tuple[Tensor, ...]:
         """Outputs of an extractor, kept in a file.
@@ -77,9 +78,10 @@ class Reference:
         """
         if self.protocol.reference != "file":
             return len(self.pictures)
-        if self._with_pictures:
-            return len(self._file_pictures)
-        self._moments(measure, extractor)
+        file = self._file(extractor)
+        if has_pictures(file):
+            return len(self._pictures_of(file))
+        self._moments(file, measure, extractor)
         return None
 
     def of(self, measure: Measure, extractor: Extractor) -> Tensor | Moments:
@@ -96,10 +98,11 @@ class Reference:
             UserError: if the reference is missing or of another kind.
         """
         if self.protocol.reference == "file":
-            self.facts["reference"] = {"file": file_digest(self._file)}
-            if not (measure.rows and self._with_pictures):
-                return self._moments(measure, extractor)
-            return self.features(extractor, "reference", self._file_pictures)[measure.output]
+            file = self._file(extractor)
+            self.facts.setdefault("reference", {})[extractor.name] = file_digest(file)
+            if not (measure.rows and has_pictures(file)):
+                return self._moments(file, measure, extractor)
+            return self.features(extractor, "reference", self._pictures_of(file))[measure.output]
         images = self.pictures.images
         self.facts["reference"] = {"pictures": len(images), "digest": pictures_digest(images)}
         return self.features(extractor, self.protocol.reference, images)[measure.output]
@@ -142,33 +145,34 @@ class Reference:
             )
         return found
 
-    # -- a file --------------------------------------------------------------------------------------------
+    # -- files ---------------------------------------------------------------------------------------------
 
-    @property
-    def _file(self) -> Path:
-        assert self.protocol.reference_file is not None
-        return Path(self.protocol.reference_file)
+    def _file(self, extractor: Extractor) -> Path:
+        files = self.protocol.reference_files
+        if extractor.name not in files:
+            raise UserError(
+                f"protocol {self.protocol.name}: reference_files has none of {extractor.name}, only of "
+                f"{', '.join(files)}; make it with shoestring eval stats --extractor {extractor.name}"
+            )
+        return Path(files[extractor.name])
 
-    @cached_property
-    def _with_pictures(self) -> bool:
-        return has_pictures(self._file)
+    def _pictures_of(self, file: Path) -> Tensor:
+        if file not in self._read:
+            self._read[file] = read_reference_pictures(file)
+        return self._read[file]
 
-    @cached_property
-    def _file_pictures(self) -> Tensor:
-        return read_reference_pictures(self._file)
-
-    def _moments(self, measure: Measure, extractor: Extractor) -> Moments:
-        moments = read_moments(self._file, spatial=measure.output == 1)
+    def _moments(self, file: Path, measure: Measure, extractor: Extractor) -> Moments:
+        moments = read_moments(file, spatial=measure.output == 1)
         width = len(moments.mean_F)
         if measure.output == 0 and width != extractor.width:
             raise UserError(
-                f"{self._file} holds statistics of {width} features, and {extractor.name} gives "
+                f"{file} holds statistics of {width} features, and {extractor.name} gives "
                 f"{extractor.width}; they are of another extractor"
             )
         made_by = moments.made.get("extractor")
         if made_by is not None and made_by != extractor.identity.digest:
             raise UserError(
-                f"{self._file} was made with another extractor or resize than {extractor.name}, "
+                f"{file} was made with another extractor or resize than {extractor.name}, "
                 f"{extractor.resize}; make it anew with shoestring eval stats"
             )
         return moments

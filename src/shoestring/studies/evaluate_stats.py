@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from shoestring.data.store import Store
 from shoestring.data.tables import child, reading, table_exists
 from shoestring.evaluation.features import build_extractor
 from shoestring.evaluation.moments import Moments, write_moments
-from shoestring.runtime import UserError
+from shoestring.runtime import UserError, say
 from shoestring.tensors import UInt8
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -63,7 +64,22 @@ def make_stats(
     network = build_extractor(extractor, weights, device, resize)
     console = console if console.quiet else Console(stderr=True)
     shown = track(pictures, description="Looking at pictures", total=count, console=console, transient=True)
-    (features, *_) = network.outputs(_pixels(name, file, side) for name, file in shown)
+    sizes: Counter[tuple[int, int]] = Counter()
+
+    def pixels() -> Iterator[Tensor]:
+        for name, file in shown:
+            picture = _pixels(name, file, side)
+            sizes[picture.shape[2], picture.shape[1]] += 1
+            yield picture
+
+    (features, *_) = network.outputs(pixels())
+    if len(sizes) > 1:
+        (most, _), *_ = sizes.most_common(1)
+        say(
+            console,
+            f"Note: the pictures have {len(sizes)} sizes, most often {most[0]} x {most[1]}; each was brought "
+            f"to {network.side} x {network.side}, whatever its proportions; --side would take the middle",
+        )
     made = {
         "extractor": network.identity.digest,
         "name": network.name,

@@ -138,6 +138,7 @@ def pipeline_of(
         nimg,
         learner.workers,
         data.classes,
+        strict=False,
     )
 
 

@@ -14,6 +14,7 @@ router stands between them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -82,15 +83,20 @@ def _experts(
 
 
 def _whole_graph(function: Callable[..., Any], limit: int) -> Callable[..., Any]:
-    # Isolated, as each build of blocks has a limit of its own, though all of them run the same lines.
-    return torch.compile(  # type: ignore[call-overload]
-        function,
-        fullgraph=True,
-        dynamic=False,
-        backend=BACKEND,
-        recompile_limit=limit,
-        isolate_recompiles=True,
+    """A function compiled as one graph a shape.
+
+    Torch keeps the graphs of a function with its code object, in a list that a hit reorders: threads that
+    look it up at the same time can miss. So each build of blocks has a copy of the code, and a short list.
+    """
+    assert isinstance(function, FunctionType)
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND, recompile_limit=limit)  # type: ignore[call-overload]
 
 
 def _build(block: TransformerBlock) -> tuple[Any, ...]:
