@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -238,7 +239,7 @@ def drop_pages(folder: Path) -> None:
             os.close(handle)
 
 
-def measure(folder: Path, rows: int, batch: int, batches: int, turns: int) -> list[dict[str, object]]:
+def measure(folder: Path, rows: int, batch: int, batches: int, turns: int) -> list[dict[str, Any]]:
     """Print the table; returns its rows."""
     uri = folder / "store"
     if not (uri / "manifest").exists():
@@ -283,7 +284,7 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def memory(folder: Path, rows: int, batch: int, epochs: int) -> list[dict[str, float]]:
+def memory(folder: Path, rows: int, batch: int, epochs: int) -> list[dict[str, Any]]:
     """Print how memory grows over epochs of a store with three shapes; returns the rows."""
     uri = folder / "buckets"
     store = Store(str(uri)) if (uri / "manifest").exists() else build(uri, rows, WIDE)
