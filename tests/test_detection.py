@@ -17,9 +17,11 @@ from shoestring.evaluation.detection import (
     box_of,
     class_names,
     cut_out,
+    middle_square,
 )
 from shoestring.evaluation.geneval import CLASSES, COLOURS, Detection
 from shoestring.runtime import UserError
+from shoestring.sampling.generate import to_pil
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,11 +134,28 @@ def test_colours_are_those_whose_descriptions_are_most_alike(tmp_path: Path) -> 
     pixels = picture(40)
     objects = [Detection("cup", 1.0, (0.0, 0.0, 20.0, 20.0)), Detection("cup", 1.0, (5.0, 9.0, 30.0, 40.0))]
     found = colours(pixels, objects)
-    assert set(found) <= set(COLOURS)
+    sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = transformers.CLIPImageProcessorPil(**sides)
+    expected = []
+    for each in objects:  # as the network's own processor shows it the object
+        x = torch.as_tensor(np.stack(processor([to_pil(cut_out(pixels, each)[0])])["pixel_values"]))
+        seen = colours._network.get_image_features(pixel_values=x)
+        seen = seen if isinstance(seen, torch.Tensor) else seen.pooler_output
+        likeness = torch.nn.functional.normalize(seen, dim=1) @ colours._colours_of("cup").T
+        expected.append(COLOURS[int(likeness.argmax())])
+    assert found == expected
     assert colours(pixels, objects[1:]) == found[1:]
     assert colours(pixels, []) == []
     described = colours._colours_of("cup")
     torch.testing.assert_close(described.norm(dim=1), torch.ones(len(COLOURS)))
+
+
+def test_of_oblong_objects_the_middle_is_looked_at() -> None:
+    pixels = torch.zeros(1, 3, 20, 90, dtype=torch.uint8)
+    pixels[..., 30:60] = 200
+    square = middle_square(pixels, 40)
+    assert square.shape == (3, 40, 40)
+    assert (square == 200).double().mean() > 0.9, "the ends are cut off, and nothing is squashed"
 
 
 def test_wrong_networks_are_sentences(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from shoestring.models.files import build_network
 from shoestring.runtime import TrainingFailed, Workers, stream
 from shoestring.training import beside
 from shoestring.training.checkpoint import Checkpoints, Counters, Trained
+from shoestring.training.display import read_log, rows_of
 from shoestring.training.folder import MACHINE, checkpoint_folders
 from shoestring.training.guard import Guard, GuardState
 from shoestring.training.loop import Run, train
@@ -126,7 +127,8 @@ def sharded(folder):
     """Back to the beginning, and validation on shares of 3 and 4 pictures, three at a time."""
     beside.AT_ONCE = 3
     config = diverging()
-    logging = config.logging.model_copy(update={"validate_nimg": 8, "validation_images": 7})
+    often = {"validate_nimg": 8, "validation_images": 7, "kid_nimg": 10**6, "kid_pictures": 6}
+    logging = config.logging.model_copy(update=often)
     update = {"stages": config.stages[1:], "logging": logging, "parallel": ParallelConfig(sharding="fsdp")}
     done = train(config.model_copy(update=update), Path(folder), QUIET)
     return {"done": done}
@@ -137,7 +139,12 @@ def test_sharded_ranks_go_back_to_the_beginning_and_validate_unequal_shares(tmp_
     assert [each["done"] for each in results] == [True, True]
     assert len(events(tmp_path, "rolled-back")) == 1
     config = diverging()
-    assert train(config.model_copy(update={"stages": config.stages[1:]}), new(tmp_path / "one"), QUIET)
+    logging = config.logging.model_copy(update={"kid_nimg": 10**6, "kid_pictures": 6})
+    update = {"stages": config.stages[1:], "logging": logging}
+    assert train(config.model_copy(update=update), new(tmp_path / "one"), QUIET)
+    (one,), (two,) = (rows_of(read_log(folder), "evaluation") for folder in (tmp_path / "one", tmp_path))
+    assert two["pictures"] == 6
+    assert two["kid_efflite0"] == pytest.approx(one["kid_efflite0"], rel=0.05)
     one, two = last(tmp_path / "one"), last(tmp_path)
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 

@@ -157,7 +157,8 @@ def test_wrong_inception_weights_are_sentences(tmp_path: Path, monkeypatch: pyte
 def saved(name: str, folder: Path, **changes: Any) -> Path:
     """A tiny network of the right kind."""
     transformers = pytest.importorskip("transformers")
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    heads = {"num_attention_heads": 2, "intermediate_size": 48}
+    size = {"hidden_size": HUB[name][3], "num_hidden_layers": 1, **heads}
     torch.manual_seed(0)
     if name.startswith("clip"):
         size |= {"image_size": HUB[name][1], "patch_size": 14 if "l14" in name else 32, "projection_dim": 24}
@@ -171,7 +172,7 @@ def saved(name: str, folder: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("dinov2-vitb14", 32), ("clip-vitb32", 24), ("clip-vitl14-336", 24)]
+    ("name", "width"), [("dinov2-vitb14", 768), ("clip-vitb32", 24), ("clip-vitl14-336", 24)]
 )
 def test_features_of_the_hub(name: str, width: int, tmp_path: Path) -> None:
     extractor = build_extractor(name, str(saved(name, tmp_path)))
@@ -183,7 +184,7 @@ def test_features_of_the_hub(name: str, width: int, tmp_path: Path) -> None:
     assert torch.equal(extractor(pixels[4:]), features[4:])
     assert features.std(dim=0).min() > 0
     x = extractor.preprocess(torch.full((1, 3, 9, 9), 255, dtype=torch.uint8))
-    _, side, (mean, std) = HUB[name]
+    _, side, (mean, std), *_ = HUB[name]
     expected = torch.tensor([(1 - m) / s for m, s in zip(mean, std, strict=True)])
     torch.testing.assert_close(x[0, :, side // 2, side // 2], expected, atol=1e-5, rtol=1e-5)
 
@@ -204,6 +205,8 @@ def test_wrong_networks_of_the_hub_are_sentences(tmp_path: Path) -> None:
         build_extractor("clip-vitb32", str(saved("dinov2-vitb14", tmp_path / "dino")))
     with pytest.raises(UserError, match="takes pictures of 64 px in patches of 32, not"):
         build_extractor("clip-vitb32", str(saved("clip-vitb32", tmp_path / "small", image_size=64)))
+    with pytest.raises(UserError, match="it has width 64 and patches of 32; clip-vitb32 has 768 and 32"):
+        build_extractor("clip-vitb32", str(saved("clip-vitb32", tmp_path / "narrow", hidden_size=64)))
     with pytest.raises(UserError, match="extractor is 'vgg'; choose from efficientnet-lite0, inception"):
         build_extractor("vgg")
     with pytest.raises(UserError, match="come from pip; leave out the path"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shoestring.evaluation.distances import frechet_distance
-from shoestring.evaluation.moments import Moments, read_moments, write_moments
+from shoestring.evaluation.moments import Moments, RunningMoments, read_moments, write_moments
 from shoestring.runtime import UserError
 
 
@@ -43,6 +43,22 @@ def test_gaussians_of_every_width(width: int) -> None:
     b = Moments(torch.from_numpy(gap), torch.from_numpy(np.diag(scale_b**2)))
     expected = (gap**2).sum() + ((scale_a - scale_b) ** 2).sum()
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_moments_of_pieces_are_those_of_the_whole(tmp_path: Path) -> None:
+    rows = 1e3 + torch.randn(57, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    running = RunningMoments()
+    for piece in rows.split([1, 20, 7, 29]):
+        running.add(piece)
+    whole, found = Moments.of(rows), running.moments({"side": "24"})
+    torch.testing.assert_close(found.mean_F, whole.mean_F, rtol=1e-13, atol=0)
+    torch.testing.assert_close(found.covariance_FF, whole.covariance_FF, rtol=1e-10, atol=1e-12)
+    assert (found.count, found.made["side"]) == (57, "24")
+    write_moments(tmp_path / "m.npz", found, spatial=whole)
+    assert torch.equal(read_moments(tmp_path / "m.npz").mean_F, found.mean_F)
+    assert torch.equal(read_moments(tmp_path / "m.npz", spatial=True).mean_F, whole.mean_F)
+    with pytest.raises(ValueError, match="have 0 rows; at least 2"):
+        RunningMoments().moments()
 
 
 def test_a_file_says_what_it_was_made_of(tmp_path: Path) -> None:
@@ -85,7 +101,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a; it needs mean and covariance or mu and sigma"):
         read_moments(tmp_path / "other.npz")
     np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(UserError, match="it needs mu_s and sigma_s"):
+    with pytest.raises(UserError, match="it needs mean_spatial and covariance_spatial or mu_s and sigma_s"):
         read_moments(tmp_path / "adm.npz", spatial=True)
     np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(UserError, match=r"mean of shape \(3,\) and a covariance of shape \(4, 4\)"):

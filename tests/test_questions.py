@@ -21,6 +21,7 @@ from shoestring.evaluation.questions import (
     score_questions,
 )
 from shoestring.runtime import UserError
+from shoestring.sampling.generate import to_pil
 from test_captioner import blip, llava
 
 DOG = Questioned(
@@ -66,7 +67,7 @@ def test_scores_are_means_of_pictures_and_shares_of_categories() -> None:
     cat = Questioned("a cat", (Question("Is there a cat?", "entity"),))
     found = score_questions([(DOG, [True, False, True, True]), (cat, [False])])
     assert found.overall == pytest.approx((2 / 4 + 0) / 2)
-    assert found.categories == {"attribute": 0, "entity": pytest.approx(2 / 3), "relation": 0}
+    assert found.categories == {"attribute": 0, "entity": pytest.approx(2 / 3), "relation": 1}
 
 
 def test_both_kinds_of_files(tmp_path: Path) -> None:
@@ -129,6 +130,7 @@ def test_what_counts_as_yes() -> None:
 def test_a_language_model_is_asked(tmp_path: Path) -> None:
     judge = LanguageModelJudge(llava(tmp_path / "llava"), torch.device("cpu"))
     picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    assert judge(picture, "is there a dog") in {True, False}
+    (answer,) = judge._model([to_pil(picture)], "is there a dog Answer with yes or no only.")
+    assert judge(picture, "is there a dog") == says_yes(answer)
     with pytest.raises(UserError, match=r"extractors.judge is .*, which writes captions and cannot be asked"):
         LanguageModelJudge(blip(tmp_path / "blip"), torch.device("cpu"))

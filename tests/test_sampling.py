@@ -8,7 +8,7 @@ from shoestring.diffusion.process import EDMProcess, FlowProcess
 from shoestring.interfaces import Conditioning, Denoised, NoiseLevel
 from shoestring.models.microdit import MicroDiT
 from shoestring.runtime import stream
-from shoestring.sampling.generate import initial_noise, sample_latents
+from shoestring.sampling.generate import class_number, class_prompts, initial_noise, sample_latents
 from shoestring.sampling.guidance import GuidedDenoiser
 from shoestring.sampling.solvers import SOLVERS, euler, heun
 
@@ -155,6 +155,13 @@ def test_a_picture_does_not_depend_on_its_batch(denoiser):
         alone = Conditioning(caption.text_BSD[i : i + 1], caption.text_mask_BS[i : i + 1])
         single = sample_latents(denoiser, process, alone, initial_noise(7, [i], (3, 8, 8)), sampling)
         assert (single[0] - together[i]).abs().max() < 1e-4 * together.abs().max()
+
+
+def test_classes_whose_names_are_numbers_are_asked_for_by_name():
+    names = sorted(str(i) for i in range(1, 13))  # 1, 10, 11, 12, 2, ...
+    asked = class_prompts(12, names)
+    assert [class_number(text, names, 12) for text in asked] == list(range(12))
+    assert class_prompts(3, ()) == ["0", "1", "2"]
 
 
 def test_seed_zero_is_a_seed():

@@ -70,8 +70,10 @@ def run(
     if launched():  # one of several that only draw
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         quiet = Console(quiet=rank > 0)
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
-        Evaluation(checkpoint, chosen, out, place or pick_device(device), quiet, (rank, ranks)).draw()
+        place = pick_device(device)
+        if place.type == "cuda":
+            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        Evaluation(checkpoint, chosen, out, place, quiet, (rank, ranks)).draw()
         return
     evaluation = Evaluation(checkpoint, chosen, out, pick_device(device), console)
     several = nproc is not None and nproc > 1
@@ -81,7 +83,7 @@ def run(
         if code:
             raise typer.Exit(code)
 
-    if several:
+    if several and evaluation.device.type == "cuda":
         check_gpus(nproc or 1)
     with resumable():
         result = evaluate(evaluation, console, draw_together if several else None)

@@ -93,13 +93,14 @@ def decode(source: Path | bytes, smallest: int | None = None) -> Image.Image:
         raise Unusable(f"cannot be read as a picture ({type(error).__name__})") from error
 
 
-def fit(picture: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+def fit(picture: Image.Image, height: int, width: int, exact: bool = False) -> NDArray[np.uint8]:
     """Resize (Lanczos) and crop to the middle, so that the picture fills the wanted shape.
 
     Args:
         picture: RGB.
         height: of the result.
         width: of the result.
+        exact: never shrink large pictures in two steps, which is faster and hardly differs.
 
     Returns:
         ``(3, height, width)``.
@@ -111,7 +112,7 @@ def fit(picture: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
         (width, height),
         Image.Resampling.LANCZOS,
         box=(left, top, left + across, top + down),
-        reducing_gap=3.0,
+        reducing_gap=None if exact else 3.0,
     )
     return np.array(np.asarray(fitted).transpose(2, 0, 1))
 

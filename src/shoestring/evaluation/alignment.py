@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoestring.encoders.weights import Source, load_network
+from shoestring.encoders.weights import Source, load_network, weights_digest
 from shoestring.evaluation.features import HUB
 from shoestring.runtime import UserError
 from shoestring.tensors import Float
@@ -52,6 +53,11 @@ class ClipTexts:
         self.device = torch.device(device)
         self._network: Any = network.eval().requires_grad_(False).to(self.device)
         self._longest = int(network.config.max_position_embeddings)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights and of how they are used."""
+        return weights_digest(self._network.state_dict(), {"longest": self._longest})
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "B F"]:

@@ -8,6 +8,7 @@ published ones, but are not those of the same code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shoestring.encoders.weights import Source, load_network
+from shoestring.encoders.weights import Source, load_network, weights_digest
 from shoestring.evaluation.features import CLIP
 from shoestring.evaluation.geneval import CLASSES, COLOURS, THRESHOLD, Detection
-from shoestring.evaluation.resize import pillow_bicubic
 from shoestring.runtime import UserError
+from shoestring.sampling.generate import to_pil
 from shoestring.tensors import UInt8
 
 DETECTOR = "facebook/mask2former-swin-large-coco-instance"
@@ -101,6 +102,11 @@ class Mask2FormerDetector:
         except ValueError as error:
             raise source.mistake(str(error)) from error
 
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights and of how they are used."""
+        return weights_digest(self._network.state_dict(), {"threshold": THRESHOLD})
+
     @torch.no_grad()
     def __call__(self, picture: UInt8[Tensor, "3 H W"]) -> list[Detection]:
         """The objects of a picture, with scores from ``THRESHOLD``; masks are boolean ``H W``."""
@@ -147,6 +153,26 @@ def cut_out(picture: UInt8[Tensor, "3 H W"], detection: Detection) -> UInt8[Tens
     return seen[:, top : max(top + 1, bottom), left : max(left + 1, right)][None]
 
 
+def middle_square(pixels: UInt8[Tensor, "1 3 H W"], side: int) -> UInt8[Tensor, "3 side side"]:
+    """The shorter side to ``side`` by Pillow's bicubic filter, then the middle, as OpenCLIP sees pictures.
+
+    Args:
+        pixels: of one picture.
+        side: of the result.
+
+    Returns:
+        Pixels.
+    """
+    picture = to_pil(pixels[0])
+    scale = side / min(picture.size)
+    # The longer side is cut off and not rounded, as in torchvision.
+    size = (max(side, int(picture.width * scale)), max(side, int(picture.height * scale)))
+    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((picture.width - side) / 2), round((picture.height - side) / 2)
+    picture = picture.crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
 class ClipColours:
     """Names the colours of objects: those whose descriptions are most like them.
 
@@ -180,6 +206,11 @@ class ClipColours:
         self._side = int(network.config.vision_config.image_size)
         self._described: dict[str, Tensor] = {}
 
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights and of how they are used."""
+        return weights_digest(self._network.state_dict(), {"side": self._side})
+
     def __call__(self, picture: UInt8[Tensor, "3 H W"], detections: Sequence[Detection]) -> list[str]:
         """The colour of each object.
 
@@ -193,8 +224,8 @@ class ClipColours:
         if not detections:
             return []
         mean, std = (255 * torch.tensor(values)[:, None, None] for values in CLIP)
-        crops = [pillow_bicubic(cut_out(picture, each).cpu(), self._side) for each in detections]
-        x = (torch.cat(crops).clamp(0, 255) - mean) / std
+        crops = [middle_square(cut_out(picture, each).cpu(), self._side) for each in detections]
+        x = (torch.stack(crops).float() - mean) / std
         with torch.no_grad():
             seen_BF = _features(self._network.get_image_features(pixel_values=x.to(self.device)))
         likeness_BC = torch.nn.functional.normalize(seen_BF, dim=1) @ self._colours_of(detections[0].name).T

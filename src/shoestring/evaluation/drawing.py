@@ -16,6 +16,8 @@ from shoestring.config import SamplingConfig
 from shoestring.sampling.generate import PNG_KEY, Pipeline, read_pixels, save_png, to_pil
 from shoestring.tensors import UInt8
 
+PIECE = 16
+"""Pictures that a thread draws at once on a CPU, whatever the number of its cores."""
 PER_FOLDER = 1000
 """Files of a folder; more make some file systems slow."""
 
@@ -93,9 +95,9 @@ def _drawn(
     for seed in dict.fromkeys(wish.seed for wish in part):
         rows = [i for i, wish in enumerate(part) if wish.seed == seed]
         filled = rows + rows[-1:] * (micro_batch - len(rows))
-        pictures = pipeline.draw(
-            [part[i].prompt for i in filled], seed, [part[i].number for i in filled], sampling
-        )
+        prompts, numbers = [part[i].prompt for i in filled], [part[i].number for i in filled]
+        piece = PIECE if pipeline.device.type == "cpu" else None
+        pictures = pipeline.draw(prompts, seed, numbers, sampling, piece=piece)
         found |= dict(zip(rows, pictures, strict=False))
     return [found[i] for i in range(len(part))]
 
@@ -113,10 +115,11 @@ def parameters(pipeline: Pipeline, wish: Wish, sampling: SamplingConfig) -> dict
 
 def _is_drawn(pipeline: Pipeline, path: Path, wish: Wish, sampling: SamplingConfig) -> bool:
     """Whether the file is the picture of this very wish."""
-    if not path.exists():
+    try:
+        with Image.open(path) as picture:
+            return bool(picture.info.get(PNG_KEY) == json.dumps(parameters(pipeline, wish, sampling)))
+    except (OSError, SyntaxError, ValueError):  # missing, or damaged: drawn anew
         return False
-    with Image.open(path) as picture:
-        return picture.info.get(PNG_KEY) == json.dumps(parameters(pipeline, wish, sampling))
 
 
 class DrawnPictures(Sequence[Tensor]):

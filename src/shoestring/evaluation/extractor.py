@@ -45,6 +45,11 @@ class Extractor(ABC):
         self.resize, self.device = resize, torch.device(device)
         self._network = network.eval().requires_grad_(False).to(self.device)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Values a picture of each output."""
+        return (self.width,)
+
     @cached_property
     def identity(self) -> Identity:
         """The name, and a digest of the weights and of how the network sees a picture."""
@@ -88,12 +93,22 @@ class Extractor(ABC):
         Returns:
             Float32, on the CPU, a row a picture.
         """
-        rows = []
+        return tuple(torch.cat(column) for column in zip(*self.pieces(pictures), strict=True))
+
+    @torch.no_grad()
+    def pieces(self, pictures: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """As :meth:`outputs`, of a few pictures after another: what is not kept takes no memory.
+
+        Args:
+            pictures: see there.
+
+        Yields:
+            tuple[Tensor, ...]: all outputs of the next pictures.
+        """
         for part in chunks(pictures, self.chunk):
             x = torch.cat([self.preprocess(picture[None]) for picture in part])
             found = self._outputs(F.pad(x, (0, 0, 0, 0, 0, 0, 0, self.chunk - len(part))))
-            rows.append([each[: len(part)].float().cpu() for each in found])
-        return tuple(torch.cat(column) for column in zip(*rows, strict=True))
+            yield tuple(each[: len(part)].float().cpu() for each in found)
 
     def __call__(self, pixels: Collection[Tensor] | Tensor) -> Float[Tensor, "B F"]:
         """Features of pictures.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shoestring.encoders.weights import Source, load_network
 from shoestring.evaluation.extractor import Extractor
-from shoestring.evaluation.inception import Inception
+from shoestring.evaluation.inception import CLASSES, SPATIAL, Inception
 from shoestring.runtime import UserError
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -111,6 +111,11 @@ class InceptionFeatures(Extractor):
             ) from error
         super().__init__(network, resize, device)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of pooled features, spatial features and logits."""
+        return (self.width, SPATIAL, CLASSES)
+
     def _scaled(self, x: Tensor) -> Tensor:
         return (x - 128) / 128
 
@@ -173,7 +178,7 @@ class HubFeatures(Extractor):
         Raises:
             UserError: if the package or the weights are missing, or are another network's.
         """
-        self.name, (place, self.side, (mean, std)) = name, HUB[name]
+        self.name, (place, self.side, (mean, std), *_) = name, HUB[name]
         source = Source(
             field=f"weights of {name}",
             place=path or place,
@@ -188,11 +193,15 @@ class HubFeatures(Extractor):
             raise source.mistake(
                 f"it takes pictures of {size} px in patches of {patch}, not of {self.side} px"
             )
+        if (width, patch) != HUB[name][3:]:
+            raise source.mistake(
+                f"it has width {width} and patches of {patch}; {name} has {HUB[name][3]} and {HUB[name][4]}"
+            )
         self._mean, self._std = (255 * torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
         super().__init__(network, "pillow-bicubic", device)
 
     def _scaled(self, x: Tensor) -> Tensor:
-        return (x.clamp(0, 255) - self._mean) / self._std
+        return (x - self._mean) / self._std
 
     def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         found = self._network(pixel_values=x)
@@ -200,14 +209,18 @@ class HubFeatures(Extractor):
         return (found.last_hidden_state[:, 0] if projected is None else projected,)
 
 
-HUB: dict[str, tuple[str, int, tuple[tuple[float, ...], tuple[float, ...]]]] = {
-    "dinov2-vitl14": ("facebook/dinov2-large", 224, IMAGENET),
-    "dinov2-vitb14": ("facebook/dinov2-base", 224, IMAGENET),
-    "clip-vitb32": ("openai/clip-vit-base-patch32", 224, CLIP),
-    "clip-vitl14": ("openai/clip-vit-large-patch14", 224, CLIP),
-    "clip-vitl14-336": ("openai/clip-vit-large-patch14-336", 336, CLIP),
+HUB: dict[str, tuple[str, int, tuple[tuple[float, ...], tuple[float, ...]], int, int]] = {
+    "dinov2-vitl14": ("facebook/dinov2-large", 224, IMAGENET, 1024, 14),
+    "dinov2-vitb14": ("facebook/dinov2-base", 224, IMAGENET, 768, 14),
+    "clip-vitb32": ("openai/clip-vit-base-patch32", 224, CLIP, 768, 32),
+    "clip-vitl14": ("openai/clip-vit-large-patch14", 224, CLIP, 1024, 14),
+    "clip-vitl14-336": ("openai/clip-vit-large-patch14-336", 336, CLIP, 1024, 14),
 }
-"""Hub name, side of the picture, mean and standard deviation of colours."""
+"""Hub name, side of the picture, mean and standard deviation of colours, width and patch of the network."""
+
+
+EXTRACTORS = (EfficientNetLite0Features.name, InceptionFeatures.name, *HUB)
+"""Names of all extractors."""
 
 
 def _vision_tower(source: Source, clip: bool) -> Any:
@@ -246,8 +259,7 @@ def build_extractor(
     if name in HUB:
         return HubFeatures(name, path, device)
     if name != EfficientNetLite0Features.name:
-        known = ", ".join((EfficientNetLite0Features.name, "inception", *HUB))
-        raise UserError(f"extractor is {name!r}; choose from {known}")
+        raise UserError(f"extractor is {name!r}; choose from {', '.join(EXTRACTORS)}")
     if path is not None:
         raise UserError(f"weights of {name} come from pip; leave out the path {path}")
     return EfficientNetLite0Features(device)

@@ -18,6 +18,8 @@ from shoestring.tensors import Float
 
 CLASSES = 1008
 SPATIAL_CHANNELS = 7
+SPATIAL = 17 * 17 * SPATIAL_CHANNELS
+"""Values of the spatial features of a picture."""
 """Of 192, at 17 x 17 places: so many that spatial features are about as many as pooled ones."""
 
 Size = int | tuple[int, int]

@@ -23,6 +23,7 @@ NEGATIVE = 1e-6
 """A covariance has no negative eigenvalue; down to this share of the largest, it is rounding."""
 LAYOUTS = {
     "shoestring": ("mean", "covariance"),
+    "shoestring-spatial": ("mean_spatial", "covariance_spatial"),
     "adm": ("mu", "sigma"),
     "adm-spatial": ("mu_s", "sigma_s"),
 }
@@ -81,12 +82,56 @@ class Moments:
         return values_F.clamp(min=0).sqrt()[:, None] * vectors_FF.T
 
 
-def write_moments(path: Path, moments: Moments) -> None:
+class RunningMoments:
+    """Moments of features that come in pieces and are not kept; float64, merged as by Chan et al. 1979."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean_F = self._scatter_FF = torch.zeros((), dtype=torch.float64)
+
+    def add(self, features_NF: Tensor) -> None:
+        """Take in a piece.
+
+        Args:
+            features_NF: a row a sample; at least one.
+
+        Raises:
+            ValueError: if values are not finite.
+        """
+        rows_NF = finite_rows(features_NF, "features", 1)
+        count, mean_F = len(rows_NF), rows_NF.mean(dim=0)
+        centred_NF = rows_NF - mean_F
+        apart_F, total = mean_F - self._mean_F, self._count + count
+        between_FF = torch.outer(apart_F, apart_F) * (self._count * count / total)
+        self._scatter_FF = self._scatter_FF + centred_NF.T @ centred_NF + between_FF
+        self._mean_F = self._mean_F + apart_F * (count / total)
+        self._count = total
+
+    def moments(self, made: Mapping[str, str] | None = None) -> Moments:
+        """Of all pieces.
+
+        Args:
+            made: what made the features.
+
+        Returns:
+            Their moments.
+
+        Raises:
+            ValueError: for fewer than two samples.
+        """
+        if self._count < 2:
+            raise ValueError(f"features have {self._count} rows; at least 2 samples are needed")
+        covariance_FF = self._scatter_FF / (self._count - 1)
+        return Moments(self._mean_F, covariance_FF, self._count, MappingProxyType(dict(made or {})))
+
+
+def write_moments(path: Path, moments: Moments, spatial: Moments | None = None) -> None:
     """Write moments with all that is known of them, as ``.npz``.
 
     Args:
         path: where to.
         moments: what.
+        spatial: those of the spatial features of the same pictures, for sFID.
 
     Raises:
         UserError: if the file cannot be written.
@@ -94,7 +139,11 @@ def write_moments(path: Path, moments: Moments) -> None:
     about = {"count": moments.count, "made": dict(moments.made)}
     mean_F, covariance_FF = moments.mean_F.numpy(), moments.covariance_FF.numpy()
     text = np.array(json.dumps(about))
-    atomic_write(path, lambda file: np.savez(file, mean=mean_F, covariance=covariance_FF, about=text))
+    arrays = {"about": text, "mean": mean_F, "covariance": covariance_FF}
+    if spatial is not None:
+        arrays["mean_spatial"] = spatial.mean_F.numpy()
+        arrays["covariance_spatial"] = spatial.covariance_FF.numpy()
+    atomic_write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
 def read_moments(path: Path, spatial: bool = False) -> Moments:
@@ -102,7 +151,7 @@ def read_moments(path: Path, spatial: bool = False) -> Moments:
 
     Args:
         path: an ``.npz`` file.
-        spatial: those of the spatial features, for sFID, that a file of ADM holds beside the others.
+        spatial: those of the spatial features, for sFID, that lie beside the others.
 
     Returns:
         The moments. Files of others do not say what they were taken of.
@@ -110,7 +159,8 @@ def read_moments(path: Path, spatial: bool = False) -> Moments:
     Raises:
         UserError: if the file is missing, damaged, or holds something else.
     """
-    layouts = {name: LAYOUTS[name] for name in (("adm-spatial",) if spatial else ("shoestring", "adm"))}
+    chosen = ("shoestring-spatial", "adm-spatial") if spatial else ("shoestring", "adm")
+    layouts = {name: LAYOUTS[name] for name in chosen}
     try:
         with np.load(path, allow_pickle=False) as file:
             names = next((names for names in layouts.values() if set(names) <= set(file.files)), None)

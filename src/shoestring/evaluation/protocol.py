@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from shoestring.config import SamplingConfig, load_yaml
 from shoestring.config.base import Frozen, setting
+from shoestring.evaluation.features import EXTRACTORS
 from shoestring.evaluation.questions import JudgeName
 from shoestring.runtime import UserError
 
@@ -22,10 +23,13 @@ Metric = Literal[
     "sfid",
     "is",
     "precision-recall",
+    "kid",
     "fid-infinity",
     "clip-fid",
     "fdd",
     "kdd",
+    "fdd-vitb14",
+    "kdd-vitb14",
     "cmmd",
     "fd-efflite0",
     "kid-efflite0",
@@ -40,7 +44,7 @@ Metric = Literal[
     "shapeeval",
     "questions",
 ]
-NOT_RESULTS = ("micro_batch",)
+NOT_RESULTS = ("name", "micro_batch", "weights")
 """Settings that change rounding at most: results with others may be compared."""
 
 
@@ -98,11 +102,43 @@ class Protocol(Frozen):
                 raise ValueError(f"metric {metric} needs prompts={wanted}, not {self.prompts}")
         if "retrieval" in self.metrics and self.prompts != "training":
             raise ValueError(f"metric retrieval needs prompts=training, not {self.prompts}")
+        for name, problem in self._unread():
+            raise ValueError(f"{name} is set, but {problem}; nothing would read it")
+        if self.bootstrap == 1:
+            raise ValueError("bootstrap is 1; an interval needs two rounds or more, 0 computes none")
+        if self.prompts == "classes" and len(self.seeds) > 1:
+            raise ValueError(f"prompts=classes needs one seed, not {list(self.seeds)}; raise count instead")
         if "diversity" in self.metrics and len(self.seeds) < 2:
             raise ValueError(f"metric diversity needs two seeds or more, not {list(self.seeds)}")
         if "clip-score" in self.metrics and self.prompts == "classes":
             raise ValueError("metric clip-score needs captions, not prompts=classes")
         return self
+
+    def _unread(self) -> list[tuple[str, str]]:
+        """Settings that were changed although no metric or prompt looks at them."""
+        looks = {
+            "judge": "questions" in self.metrics,
+            "neighbours": any(metric.startswith("precision-recall") for metric in self.metrics),
+            "loss_pictures": "loss" in self.metrics,
+        }
+        usual = {name: type(self).model_fields[name].default for name in looks}
+        found = [
+            (name, f"metrics are {', '.join(self.metrics)}")
+            for name, read in looks.items()
+            if not read and getattr(self, name) != usual[name]
+        ]
+        if self.most_prompts is not None and self.prompts not in {"training", "held-out", "file"}:
+            found.append(("most_prompts", f"prompts is {self.prompts}"))
+        known = {*EXTRACTORS, "detector", "colours", "judge"}
+        found += [
+            (f"extractors.{name}", f"the names are {', '.join(sorted(known))}")
+            for name in set(self.extractors) - known
+        ]
+        found += [
+            (f"reference_files.{name}", f"the names are {', '.join(EXTRACTORS)}")
+            for name in sorted(set(self.reference_files) - set(EXTRACTORS))
+        ]
+        return found
 
 
 ADM_SUITE: tuple[Metric, ...] = ("fid", "sfid", "is", "precision-recall")
@@ -214,6 +250,6 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "
         a, b, name = one.get(key), other.get(key), f"{above}{key}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{name}.")
-        elif a != b and key not in NOT_RESULTS:
+        elif a != b:
             found.append(f"{name}: {a} and {b}")
     return found

@@ -83,7 +83,7 @@ class QuestionScore:
     overall: float
     """Mean over pictures of the share of questions that are answered yes."""
     categories: Mapping[str, float]
-    """Share of yes among the questions of a category, over all pictures."""
+    """Share of yes among the questions of a category, over all pictures, before the rule, as released."""
 
 
 def score_questions(judged: Sequence[tuple[Questioned, Sequence[bool]]]) -> QuestionScore:
@@ -99,7 +99,7 @@ def score_questions(judged: Sequence[tuple[Questioned, Sequence[bool]]]) -> Ques
     for prompt, answers in judged:
         found = heeded(prompt.questions, answers)
         shares.append(sum(found) / len(found))
-        for question, answer in zip(prompt.questions, found, strict=True):
+        for question, answer in zip(prompt.questions, answers, strict=True):
             by_category.setdefault(question.category, []).append(answer)
     categories = {name: sum(found) / len(found) for name, found in sorted(by_category.items())}
     return QuestionScore(sum(shares) / len(shares), categories)
@@ -205,6 +205,7 @@ class LanguageModelJudge:
         """
         place = place or VLM
         self._model = ImageToText(place, device, max_tokens=4, field="extractors.judge")
+        self.digest = self._model.origin
         if not self._model.chats:
             raise UserError(
                 f"extractors.judge is {place}, which writes captions and cannot be asked; choose a model "

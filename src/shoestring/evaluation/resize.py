@@ -39,21 +39,23 @@ def tensorflow_bilinear(pixels: UInt8[Tensor, "B 3 H W"], side: int) -> Float[Te
 
 
 def pillow_bicubic(pixels: UInt8[Tensor, "B 3 H W"], side: int) -> Float[Tensor, "B 3 side side"]:
-    """Bicubic with antialiasing by Pillow, each channel in floating point and not rounded: that of clean-fid.
+    """Bicubic with antialiasing by Pillow, each channel in floating point, cut to the range, not rounded.
+
+    That of clean-fid.
 
     Args:
         pixels: pictures.
         side: of the result.
 
     Returns:
-        Values about from 0 to 255; at edges a little beyond.
+        Values from 0 to 255.
     """
     if pixels.shape[2:] == (side, side):
         return pixels.float()
 
     def resized(channel_HW: Tensor) -> np.ndarray:
         picture = Image.fromarray(channel_HW.cpu().numpy().astype(np.float32), mode="F")
-        return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+        return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)).clip(0, 255)
 
     channels = [resized(channel) for channel in pixels.flatten(0, 1)]
     return torch.from_numpy(np.stack(channels)).unflatten(0, (len(pixels), 3)).to(pixels.device)

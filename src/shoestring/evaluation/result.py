@@ -12,6 +12,14 @@ from shoestring.evaluation.measures import Figure
 from shoestring.evaluation.protocol import Protocol, differences
 from shoestring.runtime import UserError
 
+PARTS = ("extractors", "reference", "floor", "loss", "retrieval")
+"""Facts that only some metrics leave."""
+NOT_COMPARED = (
+    *("name", "weights", "micro_batch", "metrics", "bootstrap"),
+    *("sampling", "prompts_file", "count", "most_prompts", "extractors", "reference_files"),
+)
+"""Settings of no consequence to a figure, or whose consequence is among the facts."""
+
 
 @dataclass
 class Result:
@@ -82,12 +90,12 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     file = path / "result.json" if path.is_dir() else path
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
+        found: Any = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is no result of shoestring eval ({error})") from error
-    if not {"protocol", "facts", "figures"} <= found.keys():
+    if not isinstance(found, dict) or not {"protocol", "facts", "figures"} <= found.keys():
         raise UserError(f"{file} is no result of shoestring eval: it lacks protocol, facts or figures")
-    return found
+    return dict(found)
 
 
 def compared(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -100,10 +108,16 @@ def compared(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     Returns:
         Lines for a person.
     """
-    found = differences(one["facts"], other["facts"]) + differences(
-        {key: value for key, value in one["protocol"].items() if key not in {"name", "sampling"}},
-        {key: value for key, value in other["protocol"].items() if key not in {"name", "sampling"}},
+    facts, others = ({k: v for k, v in each["facts"].items() if k not in PARTS} for each in (one, other))
+    found = differences(facts, others)
+    for part in PARTS:  # of networks and references that both have
+        a, b = (each["facts"].get(part, {}) for each in (one, other))
+        both = a.keys() & b.keys()
+        found += differences({k: a[k] for k in both}, {k: b[k] for k in both}, f"{part}.")
+    mine, theirs = (
+        {k: v for k, v in each["protocol"].items() if k not in NOT_COMPARED} for each in (one, other)
     )
+    found += differences(mine, theirs)
     same = "Comparable: sampling, prompts, reference, extractors and protocol are the same"
     lines = ["Not comparable: " + "; ".join(found) if found else same]
     for name in one["figures"]:

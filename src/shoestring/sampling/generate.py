@@ -136,6 +136,7 @@ class Pipeline:
         start: UInt8[Tensor, "1 3 H W"] | None = None,
         strength: float = 1.0,
         on_step: Callable[[int, Tensor], None] | None = None,
+        piece: int | None = None,
     ) -> UInt8[Tensor, "B 3 H W"]:
         """Draw one picture for each prompt.
 
@@ -148,6 +149,8 @@ class Pipeline:
             start: picture to begin with.
             strength: 0 keeps ``start``, 1 forgets it.
             on_step: called with the step's number and the pictures as estimated so far.
+            piece: pictures that a worker takes at once, so that results do not depend on how many workers
+                there are; ``None`` = one piece a worker.
 
         Returns:
             Pixels, on the CPU.
@@ -186,7 +189,7 @@ class Pipeline:
                 LeftOut(token_noise[rows], tokens.pattern, patches, tokens.block),
             )
 
-        parts = list(batches(len(prompts), math.ceil(len(prompts) / pieces)))
+        parts = list(batches(len(prompts), piece or math.ceil(len(prompts) / pieces)))
         x0 = torch.cat(self.workers.map(run, parts))
         if self.strict:
             self._check_finite(x0, seed, images)
@@ -206,6 +209,19 @@ class Pipeline:
         both = self.encode(prompts + ([] if negative is None else [negative] * len(prompts)))
         n = len(prompts)
         return both.part(slice(n)), None if negative is None else both.part(slice(n, None))
+
+
+def class_prompts(count: int, names: Sequence[str]) -> list[str]:
+    """What asks for each class: its name where it has one, as a name may be another one's number.
+
+    Args:
+        count: how many classes the model knows.
+        names: class names by number; may be fewer.
+
+    Returns:
+        A prompt a class, in order.
+    """
+    return [names[i] if i < len(names) else str(i) for i in range(count)]
 
 
 def class_number(text: str, names: Sequence[str], count: int) -> int:

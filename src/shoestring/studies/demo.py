@@ -82,7 +82,7 @@ def oracle_metrics(pipeline: Pipeline, folder: Path, held_out: float, console: C
         console: where a person reads.
 
     Returns:
-        Accuracy with its 95 % interval over pictures, for trained and for held-out combinations.
+        Accuracy with its 95 % interval over prompts, for trained and for held-out combinations.
     """
     metrics: dict[str, float] = {}
     for name, prompts in zip(("trained", "held_out"), single_shape_prompts(held_out), strict=True):
@@ -93,7 +93,7 @@ def oracle_metrics(pipeline: Pipeline, folder: Path, held_out: float, console: C
         pictures = pictures_of(folder / name, wanted)
         verdicts = [satisfies(p, wish.prompt) for p, wish in zip(pictures, wanted, strict=True)]
         right = sum(v.shape and v.colour for v in verdicts)
-        low, high = wilson_interval(right, len(verdicts))
+        low, high = wilson_interval(right / SHAPES_PER_PROMPT, len(prompts))  # a prompt is one trial
         metrics |= {
             f"oracle_single_{name}": right / len(verdicts),
             f"oracle_single_{name}_low95": low,

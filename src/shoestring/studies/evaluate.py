@@ -17,11 +17,11 @@ from shoestring.data.records import Splits
 from shoestring.evaluation.digests import digest_of, file_digest
 from shoestring.evaluation.drawing import Wish, draw, wishes
 from shoestring.evaluation.geneval import Prompt, make_prompts, read_prompts
-from shoestring.evaluation.protocol import Protocol
+from shoestring.evaluation.protocol import NOT_RESULTS, Protocol
 from shoestring.evaluation.questions import Questioned, read_questions
 from shoestring.evaluation.shapeeval import ShapePrompt, make_shape_prompts
 from shoestring.runtime import UserError
-from shoestring.sampling.generate import Pipeline, find_model, load_pipeline
+from shoestring.sampling.generate import Pipeline, class_prompts, find_model, load_pipeline
 from shoestring.training.display import LiveLine, duration
 from shoestring.training.stage_data import real_pictures
 
@@ -63,8 +63,10 @@ class Evaluation:
         console: Console,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.protocol, self.device, self.console, self.share = protocol, device, console, share
+        self.device, self.console, self.share = device, console, share
         self.file = find_model(checkpoint, None if checkpoint.is_file() else protocol.weights)
+        # A file is what it is, whatever a protocol would have taken of a checkpoint.
+        self.protocol = protocol = protocol.model_copy(update={"weights": self.file.stem})
         self.run = next((f for f in self.file.parents if (f / "config.yaml").exists()), self.file.parent)
         self.pipeline: Pipeline = load_pipeline(self.file, device)
         config = self.pipeline.config
@@ -83,8 +85,15 @@ class Evaluation:
             "images_seen": self.pipeline.nimg,
             "digest": file_digest(self.file),
         }
-        own = digest_of([json.dumps(self.facts, sort_keys=True), str(self.model["digest"])])
-        self.folder = (out or self.run / "eval") / f"{protocol.name}-{own[:8]}"
+        drawn = digest_of([json.dumps(self.facts, sort_keys=True), str(self.model["digest"])])
+        self.facts["asked"] = digest_of(
+            map(repr, (self.asked.geneval, self.asked.shapes, self.asked.questioned))
+        )
+        settings = {k: v for k, v in protocol.model_dump(mode="json").items() if k not in NOT_RESULTS}
+        own = digest_of([drawn, self.facts["asked"], json.dumps(settings, sort_keys=True)])
+        root = out or self.run / "eval"
+        self.folder = root / f"{protocol.name}-{own[:8]}"
+        self.pictures = root / "pictures" / drawn[:12]
 
     @property
     def config(self) -> RunConfig:
@@ -96,7 +105,9 @@ class Evaluation:
     def splits(self) -> Splits:
         """Real pictures of the run, read once."""
         if self._splits is None:
-            stage = self.config.stages[-1]
+            # Of the stage that the model is of, which need not be the last.
+            side, stages = self.pipeline.resolution, self.config.stages
+            stage = next((stage for stage in reversed(stages) if stage.resolution == side), stages[-1])
             self._splits = real_pictures(self.config, stage, self.pipeline.codec, self.run)
         return self._splits
 
@@ -120,7 +131,6 @@ class Evaluation:
             prompts = self._captions()
         if not prompts:
             raise UserError(f"protocol {protocol.name}: prompts={protocol.prompts} gives none")
-        prompts = prompts[: protocol.most_prompts]
         wanted = wishes(prompts, protocol.seeds)
         if protocol.count is not None:
             if protocol.prompts != "classes" and protocol.count > len(wanted):
@@ -139,8 +149,8 @@ class Evaluation:
                     f"protocol {protocol.name}: prompts=classes, but the model's condition is "
                     f"{self.config.model.condition}; choose another protocol"
                 )
-            classes = self.config.model.classes
-            return [str(i % classes) for i in range(protocol.count or classes)]
+            names = class_prompts(self.config.model.classes, self.pipeline.classes)
+            return [names[i % len(names)] for i in range(protocol.count or len(names))]
         if protocol.prompts == "file":
             assert protocol.prompts_file is not None
             try:
@@ -150,9 +160,9 @@ class Evaluation:
                     f"protocol {protocol.name}: cannot read prompts_file {protocol.prompts_file} ({error}); "
                     "it is a text file with a prompt a line"
                 ) from error
-            return [line.strip() for line in lines if line.strip()]
+            return [line.strip() for line in lines if line.strip()][: protocol.most_prompts]
         real = self.splits().train if protocol.prompts == "training" else self.splits().held_out
-        captions = list(dict.fromkeys(real.captions))
+        captions = list(dict.fromkeys(real.captions))[: protocol.most_prompts]
         if self.config.model.condition == "none":
             return [""] * (protocol.count or len(captions))
         return captions
@@ -163,11 +173,6 @@ class Evaluation:
         draw_shown(
             self.pipeline, self.pictures, self.asked.wanted, self.sampling, batch, self.console, self.share
         )
-
-    @property
-    def pictures(self) -> Path:
-        """Folder of what is drawn."""
-        return self.folder / "pictures"
 
 
 def draw_shown(

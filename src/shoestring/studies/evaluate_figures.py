@@ -22,6 +22,7 @@ from shoestring.evaluation.measures import (
     MEASURES,
     Compared,
     Figure,
+    Measure,
     TooFew,
     check_enough,
     check_not_degenerate,
@@ -54,11 +55,13 @@ class Measuring:
     def __init__(self, evaluation: Evaluation) -> None:
         self.protocol, self.device, self.folder = evaluation.protocol, evaluation.device, evaluation.folder
         self.asked, self.splits, self.pipeline = evaluation.asked, evaluation.splits, evaluation.pipeline
-        self.facts, self.model = evaluation.facts, evaluation.model
+        self.facts, self.model, self.pictures = evaluation.facts, evaluation.model, evaluation.pictures
         self.networks = Networks(evaluation.protocol, evaluation.device)
         features = evaluation.folder.parent / "features"
-        self.reference = Reference(self.protocol, self.splits, features, self.facts, evaluation.console)
+        side, console = evaluation.pipeline.resolution, evaluation.console
+        self.reference = Reference(self.protocol, self.splits, side, features, self.facts, console)
         self.networks.load()
+        self.facts["extractors"] = self.networks.digests()
         self.left_out = self._too_few()
 
     def _too_few(self) -> dict[str, str]:
@@ -76,6 +79,13 @@ class Measuring:
                     check_enough(name, count, real, self.protocol.neighbours, only_moments=moments)
                 elif name == "loss" and not len(self.splits().held_out):
                     raise TooFew("metric loss needs held-out pictures; data.held_out keeps some")
+                elif name == "retrieval" and self.pipeline.config.model.condition == "none":
+                    raise TooFew("metric retrieval needs captions, and the model is unconditional")
+                elif name == "diversity" and count < 2 * len({w.number for w in self.asked.wanted}):
+                    raise TooFew(
+                        f"metric diversity needs each prompt with two seeds; {count} pictures of "
+                        f"{len({w.number for w in self.asked.wanted})} prompts have not"
+                    )
             except TooFew as error:
                 found[name] = str(error)
         if len(found) == len(self.protocol.metrics):
@@ -92,7 +102,7 @@ class Measuring:
             UserError: if a picture is missing or damaged.
         """
         began = time.monotonic()
-        pictures = DrawnPictures(self.folder / "pictures", self.asked.wanted)
+        pictures = DrawnPictures(self.pictures, self.asked.wanted)
         result = Result(self.protocol, self.facts, self.model)
         result.warnings += [f"left out: {reason}" for reason in self.left_out.values()]
         for name in self.protocol.metrics:
@@ -126,20 +136,19 @@ class Measuring:
     def _distance(self, name: str, pictures: Pictures, result: Result) -> dict[str, Figure]:
         measure = MEASURES[name]
         extractor = self.networks.extractor(measure.extractor)
-        self.facts.setdefault("extractors", {})[extractor.name] = extractor.identity.digest
         made = self.reference.features(extractor, "drawn", pictures)[measure.output]
         warning = check_not_degenerate(made, "pictures drawn")
         if warning is not None and warning not in result.warnings:
             result.warnings.append(warning)
         if not measure.compares:
-            return measure.compute(Compared(made, None))
+            return _computed(name, measure, Compared(made, None))
         real = self.reference.of(measure, extractor)
         if measure.moments:
             known = real.count if isinstance(real, Moments) else len(real)
             counts = {"pictures drawn": len(made), "reference pictures": known}
             self._warn_of_few(counts, made.shape[1], result)
         given = Compared(made, real, self.protocol.neighbours, self.protocol.bootstrap, result.curves)
-        return measure.compute(given) | self.reference.floor(name, extractor, measure, len(made))
+        return _computed(name, measure, given) | self.reference.floor(name, extractor, measure, len(made))
 
     def _warn_of_few(self, counts: Mapping[str, int | None], width: int, result: Result) -> None:
         """Fewer pictures than features have a covariance without full rank."""
@@ -211,14 +220,11 @@ class Measuring:
 
     def _clip_score(self, pictures: Pictures, result: Result) -> dict[str, Figure]:
         extractor = self.networks.extractor(CLIP_SCORE)
-        self.facts.setdefault("extractors", {})[extractor.name] = extractor.identity.digest
         seen = self.reference.features(extractor, "drawn", pictures)[0]
         told = self.networks.clip_texts([wish.prompt for wish in self.asked.wanted])
         scores = clip_scores(seen, told)
         result.scores["clip_score"] = scores.tolist()
-        half = 1.96 * scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else 0.0
-        mean = scores.mean().item()
-        return {f"clip_score_{CLIP_SCORE}": Figure(mean, mean - half, mean + half)}
+        return {f"clip_score_{CLIP_SCORE}": self._mean(scores.tolist())}
 
     def _geneval(self, pictures: Pictures, result: Result) -> dict[str, Figure]:
         detector, classifier = self.networks.detector, self.networks.colours
@@ -244,15 +250,31 @@ class Measuring:
         found = score_questions(judged)
         shares = [score_questions([each]).overall for each in judged]
         result.scores["questions"] = shares
-        half = 1.96 * statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
         figures = {f"questions_{name}": Figure(share) for name, share in found.categories.items()}
-        return {"questions": Figure(found.overall, found.overall - half, found.overall + half)} | figures
+        return {"questions": self._mean(shares)} | figures
+
+    def _mean(self, scores: Sequence[float]) -> Figure:
+        """With its interval over prompts: pictures of one prompt are not independent."""
+        of_prompt: dict[int, list[float]] = {}
+        for wish, score_of_picture in zip(self.asked.wanted, scores, strict=True):
+            of_prompt.setdefault(wish.number, []).append(score_of_picture)
+        means = [statistics.fmean(values) for values in of_prompt.values()]
+        mean = statistics.fmean(scores)
+        half = 1.96 * statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
+        return Figure(mean) if half is None else Figure(mean, mean - half, mean + half)
 
     def _score(self, name: str, judged: Sequence[tuple[Prompt, bool]], result: Result) -> dict[str, Figure]:
         found = score(judged)
         result.scores[name] = [float(right) for _, right in judged]
         tasks = {f"{name}_{task}": Figure(v, *found.intervals95[task]) for task, v in found.tasks.items()}
         return {name: Figure(found.overall)} | tasks
+
+
+def _computed(name: str, measure: Measure, given: Compared) -> dict[str, Figure]:
+    try:
+        return measure.compute(given)
+    except ValueError as error:
+        raise UserError(f"metric {name}: {error}") from error
 
 
 def _version(package: str) -> str:

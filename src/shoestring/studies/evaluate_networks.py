@@ -53,6 +53,13 @@ class Networks:
             for build in others.get(name, ()):
                 build()
 
+    def digests(self) -> dict[str, str]:
+        """What identifies each network that was loaded, by name."""
+        found = {name: extractor.identity.digest or "" for name, extractor in self._extractors.items()}
+        others = {"clip_texts": "clip-texts", "detector": "detector", "colours": "colours", "judge": "judge"}
+        loaded = {name: self.__dict__[field] for field, name in others.items() if field in self.__dict__}
+        return found | {name: getattr(each, "digest", self._protocol.judge) for name, each in loaded.items()}
+
     def extractor(self, name: str) -> Extractor:
         """A feature extractor by name."""
         if name not in self._extractors:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shoestring.evaluation.drawing import Wish, pictures_of
-from shoestring.evaluation.measures import BALLS, MEASURES, Figure
+from shoestring.evaluation.measures import MEASURES, Figure
 from shoestring.evaluation.result import Result
 from shoestring.runtime import write_text
 from shoestring.sampling.generate import picture_grid
@@ -75,16 +75,14 @@ def _plots(result: Result) -> str:
         if name == "loss":
             shown = [(math.log10(level), loss) for level, loss in points]
             line = Line("", shown, "var(--a)", dots=True)
-            words = (
-                "Of the averaged weights on held-out pictures, all patches, noise that is always the same."
-            )
+            words = "On held-out pictures, all patches, noise that is always the same."
             charts.append(("Loss by noise level", line_chart([line], [], "log10 of sigma", "loss"), words))
         else:
             extractor = "inception" if name == "precision_recall" else "efficientnet-lite0"
             line = Line("", sorted(points), "var(--a)", dots=True)
             words = (
-                f"On features of {extractor}; each point has balls to another neighbour: "
-                f"{', '.join(map(str, BALLS[: len(points)]))}. Wider balls raise both."
+                f"On features of {extractor}; each point has balls that reach to another neighbour, from the "
+                "1st to the 10th as far as there are so many. Wider balls raise both."
             )
             chart = line_chart([line], [], "recall", "precision", from_zero=True)
             charts.append(("Precision over recall", chart, words))

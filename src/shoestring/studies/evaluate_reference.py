@@ -20,7 +20,7 @@ from shoestring.evaluation.moments import Moments, has_pictures, read_moments, r
 from shoestring.evaluation.protocol import Protocol
 from shoestring.runtime import UserError
 
-FLOORS = ("fid", "fdd", "kdd", "fd-efflite0", "kid-efflite0")
+FLOORS = ("fid", "kid", "fdd", "kdd", "fdd-vitb14", "kdd-vitb14", "fd-efflite0", "kid-efflite0")
 """Metrics whose value for real pictures is said too."""
 Pictures = Sequence[Tensor] | Tensor
 """uint8 ``3 H W`` each; a sequence may read them from files."""
@@ -32,6 +32,7 @@ class Reference:
     Args:
         protocol: which.
         splits: gives the pictures of the run.
+        side: of the pictures that are drawn.
         folder: of features that were computed.
         facts: of the result; what was compared with is written there.
         console: where a person reads.
@@ -41,11 +42,12 @@ class Reference:
         self,
         protocol: Protocol,
         splits: Callable[[], Splits],
+        side: int,
         folder: Path,
         facts: dict[str, Any],
         console: Console,
     ) -> None:
-        self.protocol, self.splits, self.folder = protocol, splits, folder
+        self.protocol, self.splits, self.side, self.folder = protocol, splits, side, folder
         self.facts, self.console = facts, console
         self._read: dict[Path, Tensor] = {}
 
@@ -79,10 +81,10 @@ class Reference:
         if self.protocol.reference != "file":
             return len(self.pictures)
         file = self._file(extractor)
-        if has_pictures(file):
-            return len(self._pictures_of(file))
-        self._moments(file, measure, extractor)
-        return None
+        if measure.moments or not has_pictures(file):
+            self._moments(file, measure, extractor)
+            return None
+        return len(self._pictures_of(file))
 
     def of(self, measure: Measure, extractor: Extractor) -> Tensor | Moments:
         """What a metric compares with.
@@ -101,10 +103,18 @@ class Reference:
             file = self._file(extractor)
             self.facts.setdefault("reference", {})[extractor.name] = file_digest(file)
             if not (measure.rows and has_pictures(file)):
-                return self._moments(file, measure, extractor)
+                moments = self._moments(file, measure, extractor)
+                for name, value in (("pictures", moments.count), ("side", moments.made.get("side"))):
+                    if value is not None:
+                        self.facts["reference"][f"{extractor.name}.{name}"] = value
+                return moments
             return self.features(extractor, "reference", self._pictures_of(file))[measure.output]
         images = self.pictures.images
-        self.facts["reference"] = {"pictures": len(images), "digest": pictures_digest(images)}
+        self.facts["reference"] = {
+            "pictures": len(images),
+            "digest": pictures_digest(images),
+            "side": images.shape[-1],
+        }
         return self.features(extractor, self.protocol.reference, images)[measure.output]
 
     def floor(self, name: str, extractor: Extractor, measure: Measure, count: int) -> dict[str, Figure]:
@@ -126,7 +136,7 @@ class Reference:
         self.facts["floor"] = {"pictures": len(order)}
         real = self.features(extractor, "training", training[order])[measure.output]
         held = self.features(extractor, "held-out", self.pictures.images)[measure.output]
-        kernel = "kid" in name or "kdd" in name
+        kernel = name.startswith(("kid", "kdd"))
         value = kernel_distance(real, held).mean if kernel else frechet_distance(real, held)
         return {f"{name.replace('-', '_')}_floor": Figure(value)}
 
@@ -163,11 +173,17 @@ class Reference:
 
     def _moments(self, file: Path, measure: Measure, extractor: Extractor) -> Moments:
         moments = read_moments(file, spatial=measure.output == 1)
-        width = len(moments.mean_F)
-        if measure.output == 0 and width != extractor.width:
+        width, wanted = len(moments.mean_F), extractor.widths[measure.output]
+        if width != wanted:
             raise UserError(
-                f"{file} holds statistics of {width} features, and {extractor.name} gives "
-                f"{extractor.width}; they are of another extractor"
+                f"{file} holds statistics of {width} features, and {extractor.name} gives {wanted}; they are "
+                "of another extractor"
+            )
+        side = moments.made.get("side", "")
+        if side.isdecimal() and int(side) != self.side:
+            raise UserError(
+                f"{file} is of pictures of {side} px, and the model draws {self.side} px; make statistics "
+                f"with shoestring eval stats --side {self.side}"
             )
         made_by = moments.made.get("extractor")
         if made_by is not None and made_by != extractor.identity.digest:

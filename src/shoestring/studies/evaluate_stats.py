@@ -16,11 +16,13 @@ from shoestring.data.pixels import Unusable, decode, fit
 from shoestring.data.store import Store
 from shoestring.data.tables import child, reading, table_exists
 from shoestring.evaluation.features import build_extractor
-from shoestring.evaluation.moments import Moments, write_moments
+from shoestring.evaluation.moments import Moments, RunningMoments, write_moments
 from shoestring.runtime import UserError, say
 from shoestring.tensors import UInt8
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+PIECES = 64
+"""Of features, taken into the moments together."""
 ROWS = 64
 """Records of a store that are read together."""
 
@@ -72,7 +74,21 @@ def make_stats(
             sizes[picture.shape[2], picture.shape[1]] += 1
             yield picture
 
-    (features, *_) = network.outputs(pixels())
+    # Pooled features, and beside those of Inception the spatial ones.
+    running = [RunningMoments() for _ in network.widths[:2]]
+    waiting: list[tuple[Tensor, ...]] = []
+
+    def take_in() -> None:
+        for moments, column in zip(running, zip(*waiting, strict=True), strict=False):
+            moments.add(torch.cat(column))
+        waiting.clear()
+
+    for piece in network.pieces(pixels()):
+        waiting.append(piece)
+        if len(waiting) == PIECES:
+            take_in()
+    if waiting:
+        take_in()
     if len(sizes) > 1:
         (most, _), *_ = sizes.most_common(1)
         say(
@@ -85,10 +101,11 @@ def make_stats(
         "name": network.name,
         "resize": network.resize,
         "side": "as they are" if side is None else str(side),
+        "filter": "none" if side is None else "Pillow Lanczos, the middle",
         "shoestring": __version__,
     }
-    moments = Moments.of(features, made)
-    write_moments(out, moments)
+    moments, *others = (each.moments(made) for each in running)
+    write_moments(out, moments, *others)
     return moments
 
 
@@ -116,8 +133,8 @@ def _records(store: Store) -> Iterator[tuple[str, bytes]]:
 
 def _pixels(name: str, file: Path | bytes, side: int | None) -> UInt8[Tensor, "3 H W"]:
     try:
-        picture = decode(file, side)
+        picture = decode(file)
     except Unusable as reason:
         raise UserError(f"{name}: {reason}") from reason
     height, width = (picture.height, picture.width) if side is None else (side, side)
-    return torch.from_numpy(fit(picture, height, width))
+    return torch.from_numpy(fit(picture, height, width, exact=True))

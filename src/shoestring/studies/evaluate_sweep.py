@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from shoestring.config import apply_overrides
+from shoestring.evaluation.digests import digest_of
 from shoestring.evaluation.measures import HIGHER_IS_BETTER
 from shoestring.evaluation.protocol import Protocol
 from shoestring.runtime import UserError, say, write_text
@@ -70,6 +71,10 @@ def sweep(
     axes = {name: values for name, values in axes.items() if values}
     if not axes:
         raise UserError(f"a sweep needs values of at least one of {', '.join('--' + name for name in AXES)}")
+    if "weights" in axes and checkpoint.is_file():
+        raise UserError(
+            f"--weights needs a run or checkpoint folder to choose from; {checkpoint} is one file"
+        )
     first = Evaluation(checkpoint, protocol, out, device, console)
     base = protocol.model_copy(update={"sampling": first.sampling})
     points = []
@@ -84,7 +89,8 @@ def sweep(
         say(console, f"[{i + 1}/{len(chosen)}] {words}")
         result = evaluate(Evaluation(checkpoint, each, out, device, console), console)
         points.append(Point(settings, {name: figure.value for name, figure in result.figures.items()}))
-    folder = first.folder.parent
+    words = json.dumps([axes, base.model_dump(mode="json"), first.model["digest"]], sort_keys=True)
+    folder = first.folder.parent / f"sweep-{protocol.name}-{digest_of([words])[:8]}"
     write_text(folder / "sweep.csv", _csv(points))
     write_text(folder / "sweep.html", _page(first, points))
     _write_card(first, points)
@@ -124,7 +130,8 @@ def _write_card(evaluation: Evaluation, points: Sequence[Point]) -> None:
     """The best settings by each figure, beside what was written there before."""
     path = evaluation.run / CARD
     card = json.loads(path.read_text()) if path.exists() else {}
-    card[evaluation.protocol.name] = {
+    by_axes = card.setdefault(evaluation.protocol.name, {})
+    by_axes[", ".join(points[0].settings)] = {
         "model": evaluation.model,
         "pictures": len(evaluation.asked.wanted),
         "best": {

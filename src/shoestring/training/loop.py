@@ -335,7 +335,10 @@ class Run:
                 self._sample()
             if self.quality is not None and (last or self._crossed(self.quality.interval, batch)):
                 row = self.quality.measure(self.learner, self.data, self._pipeline())
-                self.record.row("evaluation", {"stage": here.stage.name, **row})
+                if row:
+                    self.record.row("evaluation", {"stage": here.stage.name, **row})
+                elif self.parallel.first:
+                    self.record.event("no-kid", "no KID: fewer than four pictures to compare with")
             wanted, milestone = due(logging, self.counters.nimg, batch, last)
             if wanted:
                 self._save(keep_forever=milestone)

@@ -14,13 +14,15 @@ from shoestring.evaluation.distances import kernel_distance
 from shoestring.evaluation.extractor import Extractor
 from shoestring.evaluation.features import build_extractor
 from shoestring.interfaces import ImageCodec
-from shoestring.sampling.generate import Pipeline
+from shoestring.sampling.generate import Pipeline, class_prompts
 from shoestring.training.beside import draw_shared
 from shoestring.training.parallel import Parallel
 from shoestring.training.stage_data import StageData
 from shoestring.training.step import Learner
 
 EXTRACTOR = "efficientnet-lite0"
+LEAST = 4
+"""Real pictures that a kernel distance needs to say anything."""
 AT_ONCE = 32
 """Pictures drawn together on a rank."""
 
@@ -63,13 +65,15 @@ class SampleQuality:
             pipeline: of the learner.
 
         Returns:
-            The row for the log; empty on all ranks but the first.
+            The row for the log; empty on all ranks but the first, and where real pictures are too few.
         """
         prompts = quality_prompts(self._config, data, self._count)
         pictures = draw_shared(learner, pipeline, prompts, self._config.seed, AT_ONCE)
         if not learner.parallel.first:
             return {}
         real_NF = self._real_features(data, pipeline.codec)
+        if len(real_NF) < LEAST:
+            return {}
         found = kernel_distance(self._extractor(pictures), real_NF)
         return {
             "kid_efflite0": found.mean,
@@ -121,7 +125,7 @@ def quality_prompts(config: RunConfig, data: StageData, count: int) -> list[str]
         A prompt for each.
     """
     if config.model.condition == "class":
-        names = [str(i) for i in range(config.model.classes)]
+        names = class_prompts(config.model.classes, data.classes)
     elif config.model.condition == "text":
         source = data.held_out if data.held_out is not None else data.train
         names = list(islice(source.captions, count))
