@@ -256,7 +256,7 @@ def happen(launched: Launched, kind: str, random: Random, tell) -> bool:
             launched.kill(pid)
     launched.ended()
     folders = checkpoint_folders(launched.run)
-    if kind in {"truncate", "flip"} and folders:
+    if kind in {"truncate", "flip"} and len(folders) > 1:  # never the last whole copy
         damage(random.choice(files(folders[-1])), kind, random, tell)
     return True
 
