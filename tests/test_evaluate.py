@@ -156,7 +156,7 @@ def test_an_evaluation_says_everything_and_is_not_done_twice(run: Path, tmp_path
     page = write_page(evaluation, result).read_text()
     assert "fd_efflite0" in page
     assert "Nearest training pictures" in page
-    assert "The worst by novelty" in page
+    assert "Lowest novelty" in page
     assert page.count("<svg") == 2
     pictures = {file: file.stat().st_mtime_ns for file in evaluation.pictures.rglob("*.png")}
     assert len(pictures) == 40
@@ -191,8 +191,8 @@ def test_shapeeval_judges_the_six_tasks(run: Path, tmp_path: Path, monkeypatch: 
     assert len(evaluation.asked.wanted) == 18
     assert len(result.figures) == 7
     page = write_page(evaluation, result).read_text()
-    assert "The best by shapeeval" in page
-    assert "The worst by shapeeval" in page
+    assert "Highest shapeeval" in page
+    assert "Lowest shapeeval" in page
     assert result.figures["shapeeval"].value == pytest.approx(
         np.mean([figure.value for name, figure in result.figures.items() if name != "shapeeval"])
     )

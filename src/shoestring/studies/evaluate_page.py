@@ -121,11 +121,11 @@ def _extremes(evaluation: Evaluation, result: Result) -> str:
     parts, wanted = [], evaluation.asked.wanted
     for name, scores in result.scores.items():
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-        for title, chosen in (("best", order[:EXTREME]), ("worst", order[::-1][:EXTREME])):
+        for title, chosen in (("Highest", order[:EXTREME]), ("Lowest", order[::-1][:EXTREME])):
             some = [wanted[i] for i in chosen]
             values = f"from {scores[chosen[0]]:.3g} to {scores[chosen[-1]]:.3g}"
-            grid = _grid(_read(evaluation, some), COLUMNS, f"{title} by {name}")
-            parts.append(f"<h2>The {title} by {escape(name)}, {values}</h2>{grid}{_prompts(some)}")
+            grid = _grid(_read(evaluation, some), COLUMNS, f"{title} {name}")
+            parts.append(f"<h2>{title} {escape(name)}, {values}</h2>{grid}{_prompts(some)}")
     return "".join(parts)
 
 
