@@ -264,6 +264,7 @@ def undisturbed(recipe: Path, folder: Path) -> dict[str, str]:
     return faults.result(folder)
 
 
+@pytest.mark.slow
 def test_a_few_faults(tmp_path):
     """The short form: a rank is killed, the disk is full, all are killed and the newest checkpoint is cut."""
     recipe = faults.write_recipe(tmp_path, 552, 36)

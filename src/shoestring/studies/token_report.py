@@ -223,7 +223,10 @@ def write_report(
     """
     found = curves(rows, timings)
     write_text(folder / "table.md", markdown(rows, timings))
-    floors = ", ".join(f"{name.replace('_', ' at N ').upper()}: {short(v)}" for name, v in floor.items())
+    floors = ", ".join(
+        f"{name.replace('_', ' at N ').replace('kid', 'KID').replace('fd', 'FD')}: {short(v)}"
+        for name, v in floor.items()
+    )
     parts = [
         f'<p class="lead">{escape(about)}</p>',
         f"<p>Floor, training against held-out pictures: {escape(floors)}. KID is unbiased; FD is biased by N "
