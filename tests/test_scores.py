@@ -38,6 +38,15 @@ def test_inception_score_agrees_with_torchmetrics(monkeypatch: pytest.MonkeyPatc
     assert inception_score(logits, 1).mean == pytest.approx(float(theirs.compute()[0]), rel=1e-6)
 
 
+def test_splits_are_consecutive_parts_and_ten_if_nothing_else_is_said() -> None:
+    logits = normal(203, 12, 0) + torch.linspace(0, 3, 203)[:, None] * torch.eye(12)[0]  # parts that differ
+    parts = [inception_score(logits[203 * i // 10 : 203 * (i + 1) // 10], 1).mean for i in range(10)]
+    found = inception_score(logits)
+    assert found.mean == pytest.approx(np.mean(parts), rel=1e-12)
+    assert found.std == pytest.approx(np.std(parts), rel=1e-9)
+    assert found.std > 0.01
+
+
 def test_inception_score_of_sure_and_of_unsure_classifiers() -> None:
     sure = 1e4 * torch.eye(5).repeat(40, 1)
     found = inception_score(sure, 4)
