@@ -234,9 +234,11 @@ def disturb(recipe: Path, run: Path, total: int, kinds: list[str], random: Rando
 def happen(launched: Launched, kind: str, random: Random, tell) -> bool:
     """One fault; whether the command must be given again."""
     pids, launcher = launched.rank_pids(), launched.process.pid
-    if kind == "rank":  # the launcher starts again by itself
-        launched.kill(random.choice(pids or [launcher]))
+    if kind in {"rank", "stop-rank"}:
+        # The launcher starts again where a rank was killed, or asked to stop before it could listen.
+        number = signal.SIGKILL if kind == "rank" else signal.SIGTERM
         launched.log_before = launched.log()
+        launched.kill(random.choice(pids or [launcher]), number)
         until(lambda: set(launched.rank_pids()).isdisjoint(pids) or launched.process.poll() is not None)
         return launched.process.poll() is not None
     if kind == "disk":
@@ -249,8 +251,6 @@ def happen(launched: Launched, kind: str, random: Random, tell) -> bool:
         launched.kill(launcher)
     elif kind == "stop":
         launched.kill(launcher, signal.SIGTERM)
-    elif kind == "stop-rank":
-        launched.kill(random.choice(pids or [launcher]), signal.SIGTERM)
     else:  # the machine is gone, all at once
         for pid in [launcher, *pids]:
             launched.kill(pid)

@@ -1,5 +1,7 @@
 """Solvers on a Gaussian, whose flow is known; guidance; independence of the batch."""
 
+import math
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from shoestring.models.microdit import MicroDiT
 from shoestring.runtime import stream
 from shoestring.sampling.generate import class_number, class_prompts, initial_noise, sample_latents
 from shoestring.sampling.guidance import GuidedDenoiser
-from shoestring.sampling.solvers import SOLVERS, euler, heun
+from shoestring.sampling.solvers import SOLVERS, heun, network_calls
 
 MEAN, STD = 0.3, 0.8
 
@@ -59,12 +61,70 @@ def test_error_falls_with_the_order_of_the_solver(process, config, name, order):
 
 
 @pytest.mark.parametrize(("process", "config"), CASES)
-@pytest.mark.parametrize("solver", [euler, heun])
+@pytest.mark.parametrize("solver", SOLVERS.values())
 def test_one_step_is_the_first_estimate(process, config, solver):
     grid = process.grid(config, 1)
     x = grid[0][1] * torch.randn(2, 1, 4, 4)
     level = NoiseLevel(torch.full((2,), grid[0][0]), torch.full((2,), grid[0][1]))
     assert torch.allclose(solver(Gaussian(), x, grid, NONE), Gaussian()(x, level, NONE).image(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "bar", "case"),
+    [
+        ("dpmpp-2m", 2, 1.8, CASES[0]),
+        ("dpmpp-2m", 2, 1.8, CASES[1]),
+        ("dpmpp-3m", 3, 2.7, CASES[0]),  # flow begins at pure noise, where a first step of low order errs
+    ],
+)
+def test_multistep_solvers_have_their_order(name, order, bar, case):
+    """From almost pure noise, where the first steps of low order hardly err, to a noise level above zero.
+
+    The last step, into zero, is of first order for all solvers.
+    """
+    process, config = case[0], case[1].model_copy(update={"sigma_max": 5000.0})
+    noise = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for steps in (60, 120):
+        grid = [level for level in process.grid(config, steps) if level[1] >= 0.05 * level[0]]
+        x = grid[0][1] * noise
+        end = grid[-1]
+        start_spread, spread = (((a * STD) ** 2 + s**2) ** 0.5 for a, s in (grid[0], end))
+        truth = end[0] * MEAN + spread * (x - grid[0][0] * MEAN) / start_spread
+        errors.append((SOLVERS[name](Gaussian(), x, grid, NONE) - truth).abs().max().item())
+    slope = math.log2(errors[0] / errors[1])
+    assert bar <= slope <= order + 1.2, (slope, errors)
+
+
+def test_the_second_order_multistep_solver_is_that_of_diffusers():
+    """The third-order one is not: theirs takes half of the quadratic part, see the solver."""
+    diffusers = pytest.importorskip("diffusers")
+    config, denoiser = SamplingConfig(sigma_max=80, sigma_min=0.002), Gaussian()
+    theirs = diffusers.EDMDPMSolverMultistepScheduler(
+        sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0, solver_order=2, final_sigmas_type="zero"
+    )
+    theirs.set_timesteps(20)
+    grid = EDMProcess(0.5).grid(config, 20)
+    assert theirs.sigmas.tolist() == pytest.approx([sigma for _, sigma in grid], rel=1e-5)
+    x = grid[0][1] * torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = x.clone()
+    for time, sigma in zip(theirs.timesteps, theirs.sigmas.double()[:-1], strict=True):
+        level = NoiseLevel(torch.ones(2, dtype=torch.float64), sigma.expand(2))
+        x0 = denoiser(y, level, NONE).image()
+        skip = 0.25 / (sigma**2 + 0.25)
+        out = sigma * 0.5 / (sigma**2 + 0.25).sqrt()
+        y = theirs.step((x0 - skip * y) / out, time, y).prev_sample
+    ours = SOLVERS["dpmpp-2m"](denoiser, x, grid, NONE)
+    assert (ours - y).abs().max() <= 1e-4 * y.abs().max()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 30])
+def test_network_calls_are_counted(name, steps):
+    denoiser = Gaussian()
+    x = SOLVERS[name](denoiser, torch.randn(2, 1, 2, 2), FlowProcess(1.0).grid(SamplingConfig(), steps), NONE)
+    assert denoiser.calls == network_calls(name, steps)
+    assert x.isfinite().all()
 
 
 def test_heun_calls_the_network_twice_a_step_but_the_last():

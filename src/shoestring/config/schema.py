@@ -150,7 +150,9 @@ class OptimizerConfig(Frozen):
 class SamplingConfig(Frozen):
     """Defaults for drawing pictures."""
 
-    sampler: Literal["heun", "euler"] = setting("heun (2 calls a step) or euler", "heun")
+    sampler: Literal["heun", "euler", "dpmpp-2m", "dpmpp-3m"] = setting(
+        "heun (2 calls a step), euler, or DPM-Solver++ of second or third order (1 call a step)", "heun"
+    )
     steps: int = setting("noise levels", 30, ge=1, le=10_000)
     guidance: float = setting("classifier-free guidance; 1 = off, 0 = without the caption", 5.0)
     weak: Literal["condition", "tokens", "both"] = setting(
