@@ -41,8 +41,7 @@ settings.load_profile("shoestring")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, so that none is left alone at the end; ``gpu`` is skipped where there is none."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Skip tests marked ``gpu`` where there is none."""
     if torch.cuda.is_available():
         return
     for item in items:
