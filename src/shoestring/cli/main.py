@@ -151,7 +151,7 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option(help="0 ignores the prompt, 1 is plain, more follows it more")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="heun or euler")] = None,
+    sampler: Annotated[str | None, typer.Option(help="heun, euler, dpmpp-2m or dpmpp-3m")] = None,
     negative: Annotated[str | None, typer.Option(help="what to move away from")] = None,
     image: Annotated[Path | None, typer.Option(help="picture to begin with")] = None,
     strength: Annotated[float, typer.Option(help="with --image: 0 keeps it, 1 forgets it")] = 0.6,
