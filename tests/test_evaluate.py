@@ -493,6 +493,15 @@ def test_pictures_that_are_not_finite_are_no_pictures(run: Path, tmp_path: Path,
     assert "4 of 4 pictures have NaN or infinite values (the first one has seed 1, number 0)" in said
 
 
+def test_without_held_out_pictures_the_rest_is_measured(tmp_path: Path) -> None:
+    config = apply_overrides(parse_yaml(RECIPE), ["data.held_out=0"])
+    assert train(config, tmp_path / "all", QUIET)
+    result = evaluate(Evaluation(tmp_path / "all", small("demo"), tmp_path, CPU, QUIET), QUIET)
+    assert {"retrieval_top1", "near_copies", "nearest_cosine", "diversity"} <= result.figures.keys()
+    assert not {"kid_efflite0", "fd_efflite0", "loss", "near_copies_held_out"} & result.figures.keys()
+    assert sum(text.startswith("left out: ") for text in result.warnings) == 4
+
+
 # -- while training ----------------------------------------------------------------------------------------
 
 

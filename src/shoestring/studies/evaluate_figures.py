@@ -79,6 +79,8 @@ class Measuring:
                     check_enough(name, count, real, self.protocol.neighbours, only_moments=moments)
                 elif name == "loss" and not len(self.splits().held_out):
                     raise TooFew("metric loss needs held-out pictures; data.held_out keeps some")
+                elif name == "retrieval" and self._shapes_differ():
+                    raise TooFew("metric retrieval needs training pictures of the shape that is drawn")
                 elif name == "retrieval" and self.pipeline.config.model.condition == "none":
                     raise TooFew("metric retrieval needs captions, and the model is unconditional")
                 elif name == "diversity" and count < 2 * len({w.number for w in self.asked.wanted}):
@@ -91,6 +93,10 @@ class Measuring:
         if len(found) == len(self.protocol.metrics):
             raise UserError(f"protocol {self.protocol.name}: {next(iter(found.values()))}")
         return found
+
+    def _shapes_differ(self) -> bool:
+        side = self.pipeline.resolution
+        return tuple(self.splits().train.images.shape[-2:]) != (side, side)
 
     def measure(self) -> Result:
         """All metrics of the protocol, on pictures that are all there.

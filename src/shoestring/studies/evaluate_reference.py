@@ -15,7 +15,7 @@ from shoestring.data.records import CaptionedImages, Splits
 from shoestring.evaluation.digests import file_digest, pictures_digest
 from shoestring.evaluation.distances import frechet_distance, kernel_distance
 from shoestring.evaluation.extractor import Extractor, kept_outputs
-from shoestring.evaluation.measures import Figure, Measure
+from shoestring.evaluation.measures import Figure, Measure, TooFew
 from shoestring.evaluation.moments import Moments, has_pictures, read_moments, read_reference_pictures
 from shoestring.evaluation.protocol import Protocol
 from shoestring.runtime import UserError
@@ -132,6 +132,8 @@ class Reference:
         if self.protocol.reference != "held-out" or name not in FLOORS:
             return {}
         training = self.splits().train.images
+        if len(training) < 2:
+            return {}
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:count]
         self.facts["floor"] = {"pictures": len(order)}
         real = self.features(extractor, "training", training[order])[measure.output]
@@ -149,7 +151,7 @@ class Reference:
             )
         found = self.splits().train if self.protocol.reference == "training" else self.splits().held_out
         if len(found) < 2:
-            raise UserError(
+            raise TooFew(
                 f"protocol {self.protocol.name}: reference={self.protocol.reference} has {len(found)} "
                 "pictures; at least 2 are needed (data.held_out keeps some out of training)"
             )
