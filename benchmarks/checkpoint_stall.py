@@ -27,12 +27,12 @@ from pathlib import Path
 import torch
 
 from shoestring.config import (
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
     StageConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.diffusion.process import EDMProcess
 from shoestring.models.microdit import MicroDiT
@@ -48,7 +48,7 @@ BAR = 0.35
 FACTS = {"sigma_data": SIGMA_DATA, "position_scale": 1.0, "resolution": 256}
 
 
-def build_learner(config: ModelConfig, workers: int, parallel: Parallel) -> Learner:
+def build_learner(config: TransformerConfig, workers: int, parallel: Parallel) -> Learner:
     """A network without zeros, and what trains it in bf16."""
     generator = torch.Generator().manual_seed(0)
     model = MicroDiT(config)

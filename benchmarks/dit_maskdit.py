@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from shoestring.config import ModelConfig, OptimizerConfig, StageConfig, TokensConfig
+from shoestring.config import OptimizerConfig, StageConfig, TokensConfig, TransformerConfig
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import FAMILIES
@@ -64,7 +64,7 @@ class Kind:
     """One side."""
 
     name: str
-    network: Callable[..., ModelConfig]
+    network: Callable[..., TransformerConfig]
     tokens: TokensConfig
     masked: bool
 
@@ -133,7 +133,7 @@ def published_rows() -> list[Row]:
     return rows
 
 
-def make_batch(model: ModelConfig, size: int, seed: int, device: torch.device) -> TrainingBatch:
+def make_batch(model: TransformerConfig, size: int, seed: int, device: torch.device) -> TrainingBatch:
     """Random latents, classes and draws; the same for both sides."""
     generator = stream(seed, "benchmark")
 

@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 from shoestring.config import (
     CODEC_DOWNSAMPLING,
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     RunConfig,
     StageConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
@@ -41,7 +41,7 @@ from shoestring.training.schedule import Position
 from shoestring.training.step import Learner, TrainingBatch, train_step
 
 CAPTION_TOKENS = 77
-MODELS: dict[str, Callable[[], ModelConfig]] = {"tiny2": microdit.tiny2}
+MODELS: dict[str, Callable[[], TransformerConfig]] = {"tiny2": microdit.tiny2}
 
 
 class LivePeak(TorchDispatchMode):
@@ -101,7 +101,7 @@ SETTINGS = (
 )
 
 
-def run_config(setting: Setting, model: ModelConfig, resolution: int) -> RunConfig:
+def run_config(setting: Setting, model: TransformerConfig, resolution: int) -> RunConfig:
     """A run of one stage at a setting."""
     stage = StageConfig(
         name="step",

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from shoestring.config import ModelConfig
+    from shoestring.config import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ReferenceConfig:
         return cls(**{key: _tupled(value) for key, value in values.items() if key in known})
 
     @classmethod
-    def like(cls, model: ModelConfig, input_size: int, position_scale: float = 1.0) -> ReferenceConfig:
+    def like(cls, model: TransformerConfig, input_size: int, position_scale: float = 1.0) -> ReferenceConfig:
         """The same network as one of ours, for latents of side ``input_size``."""
         return cls(
             input_size=input_size,

@@ -39,7 +39,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from reference_microdit import ReferenceConfig, ReferenceMicroDiT
-from shoestring.config import ModelConfig, OptimizerConfig, StageConfig, TokensConfig
+from shoestring.config import OptimizerConfig, StageConfig, TokensConfig, TransformerConfig
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.microdit import MicroDiT
@@ -53,7 +53,7 @@ from shoestring.training.step import Learner, TrainingBatch, train_step
 from shoestring.training.step_shapes import StepShape, padded_length
 from shoestring.training.timed_attention import choose_attention
 
-MODELS: dict[str, Callable[[], ModelConfig]] = {
+MODELS: dict[str, Callable[[], TransformerConfig]] = {
     "tiny2": microdit.tiny2,
     "tiny2-paper": microdit.tiny2_paper,
     "xl2": microdit.xl2,
@@ -98,7 +98,7 @@ class Row:
 
 
 def make_batch(
-    config: ModelConfig, size: int, generator: torch.Generator, captions: int | None = None
+    config: TransformerConfig, size: int, generator: torch.Generator, captions: int | None = None
 ) -> TrainingBatch:
     """Random latents, captions and draws; the masks of captions hide what lies beyond their lengths."""
 
@@ -146,7 +146,7 @@ def step_shapes(
 
 
 def build_ours(
-    config: ModelConfig,
+    config: TransformerConfig,
     compile_them: bool,
     workers: int,
     shapes: Sequence[StepShape],
@@ -178,7 +178,7 @@ def build_ours(
     return model, step
 
 
-def build_reference(config: ModelConfig, ours: MicroDiT) -> Step:
+def build_reference(config: TransformerConfig, ours: MicroDiT) -> Step:
     """The reference with the weights of ours, and its step."""
     model = ReferenceMicroDiT(ReferenceConfig.like(config, SIDE))
     model.load_state_dict(to_released(ours, SIDE // config.patch_size))
@@ -221,7 +221,7 @@ def reference_loss(model: ReferenceMicroDiT, batch: TrainingBatch, mask_ratio: f
     )
 
 
-def reference_flops(config: ModelConfig, mask_ratio: float) -> float:
+def reference_flops(config: TransformerConfig, mask_ratio: float) -> float:
     """Training FLOPs per image that the reference executes, counted on the meta device."""
     with torch.device("meta"):
         model = ReferenceMicroDiT(ReferenceConfig.like(config, SIDE))

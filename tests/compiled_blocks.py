@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
-from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig, TokensConfig
+from shoestring.config import ExpertsConfig, MixerConfig, TokensConfig, TransformerConfig
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.microdit import MicroDiT
@@ -21,7 +21,7 @@ from shoestring.training.compiling import compile_blocks
 from shoestring.training.step_shapes import StepShape
 
 GRID = (4, 4)
-MODEL = ModelConfig(
+MODEL = TransformerConfig(
     in_channels=3,
     caption_dim=8,
     dim=32,

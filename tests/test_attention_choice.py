@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig, TokensConfig
+from shoestring.config import ExpertsConfig, MixerConfig, TokensConfig, TransformerConfig
 from shoestring.interfaces import Conditioning
 from shoestring.models.attention import attend, attention_key
 from shoestring.models.microdit import MicroDiT
@@ -19,7 +19,7 @@ from shoestring.tensors import visible_from_noise
 from shoestring.training.step_shapes import StepShape
 from shoestring.training.timed_attention import attention_sentence, choose_attention
 
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     in_channels=3,
     caption_dim=8,
     dim=32,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shoestring import recipes
-from shoestring.config import ExpertsConfig, ModelConfig, TokensConfig
+from shoestring.config import ExpertsConfig, TokensConfig, TransformerConfig
 from shoestring.planning import patch_grid
 from shoestring.training.step_shapes import (
     AttentionShape,
@@ -34,7 +34,7 @@ def test_compiled(case):
 
 # -- which shapes there are --------------------------------------------------------------------------------
 
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     caption_dim=8, dim=32, depth=4, head_dim=16, ffn_multiple_of=16, experts=ExpertsConfig(count=0)
 )
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from shoestring.config import (
     DataConfig,
     LoggingConfig,
-    ModelConfig,
     NoiseConfig,
     Ramp,
     RunConfig,
     SamplingConfig,
     StageConfig,
     StoreConfig,
+    TransformerConfig,
     apply_overrides,
     from_json,
     load_yaml,
@@ -78,7 +78,7 @@ configs = st.builds(
     name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z"),
     seed=st.integers(0, 2**70),
     device=awkward | text,
-    model=st.builds(ModelConfig, qkv_multipliers=multipliers, ffn_multipliers=multipliers),
+    model=st.builds(TransformerConfig, qkv_multipliers=multipliers, ffn_multipliers=multipliers),
     stages=st.lists(stages, min_size=1, max_size=3, unique_by=lambda stage: stage.name).map(tuple),
     sampling=st.builds(
         SamplingConfig,
@@ -99,7 +99,7 @@ def test_yaml_is_complete_and_explained() -> None:
     text = to_yaml(CONFIG, "Two\nlines")
     assert text.startswith("# Two\n# lines\n\n")
     assert max(map(len, text.splitlines())) <= 110
-    for model in (RunConfig, ModelConfig, StageConfig, NoiseConfig, LoggingConfig):
+    for model in (RunConfig, TransformerConfig, StageConfig, NoiseConfig, LoggingConfig):
         for name, field in model.model_fields.items():
             assert f"{name}:" in text
             assert text.count(f"# {field.description}") >= 1, name
@@ -196,7 +196,7 @@ def test_wrong_overrides_get_one_sentence(override: str, sentence: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", [dotted(key) for key in keys_of(root(RunConfig))])
+@pytest.mark.parametrize("key", [dotted(key) for key in keys_of(root(RunConfig, {}))])
 def test_a_misspelt_key_finds_its_neighbour(key: str) -> None:
     stem, _, last = key.rpartition(".")
     wrong = f"{stem}.{last}x" if stem else f"{last}x"
@@ -205,7 +205,7 @@ def test_a_misspelt_key_finds_its_neighbour(key: str) -> None:
     assert f"did you mean '{key}'" in str(caught.value)
 
 
-@given(st.sampled_from([dotted(key) for key in keys_of(root(RunConfig))]), text | awkward)
+@given(st.sampled_from([dotted(key) for key in keys_of(root(RunConfig, {}))]), text | awkward)
 def test_any_value_gives_a_config_or_a_sentence(key: str, value: str) -> None:
     try:
         changed = apply_overrides(CONFIG, [f"{key}={value}"])

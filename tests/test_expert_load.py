@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig
+from shoestring.config import ExpertsConfig, MixerConfig, TransformerConfig
 from shoestring.interfaces import Conditioning
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.moe import ExpertChoice, expert_load, expert_report, expert_statistics
 from shoestring.runtime import stream
 
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     in_channels=3,
     caption_dim=8,
     dim=32,

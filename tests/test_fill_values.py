@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parity import check
-from shoestring.config import ModelConfig, NoiseConfig, SamplingConfig
+from shoestring.config import NoiseConfig, SamplingConfig, TransformerConfig
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning, NoiseLevel
@@ -43,7 +43,7 @@ def test_fill():
 @pytest.fixture(scope="module")
 def tiny2() -> MicroDiT:
     with torch.device("meta"):  # saves drawing 200 million numbers
-        model = MicroDiT(ModelConfig())
+        model = MicroDiT(TransformerConfig())
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -16,9 +16,9 @@ from shoestring.config import (
     DecoderConfig,
     ExpertsConfig,
     MixerConfig,
-    ModelConfig,
     RunConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.encoders.image import CODECS, PixelCodec
 from shoestring.interfaces import Conditioning
@@ -30,7 +30,7 @@ from shoestring.planning import Flops, model_flops, plan
 from shoestring.runtime import stream
 from shoestring.tensors import visible_from_noise
 
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     in_channels=3,
     caption_dim=8,
     classes=5,
@@ -44,7 +44,9 @@ SMALL = ModelConfig(
 CAPTION = 7
 
 
-def count(model: ModelConfig, tokens: TokensConfig, grid: tuple[int, int], ratio: float, s: int) -> Flops:
+def count(
+    model: TransformerConfig, tokens: TokensConfig, grid: tuple[int, int], ratio: float, s: int
+) -> Flops:
     """What torch counts in a forward and a backward pass of one image.
 
     Large networks are on the meta device; small ones are not, as its shape arithmetic takes longer.
@@ -76,14 +78,16 @@ def count_pass(net: DiffusionTransformer, *inputs: object) -> Flops:
     return Flops(forward.get_total_flops(), both)
 
 
-def check(model: ModelConfig, tokens: TokensConfig, grid: tuple[int, int], ratio: float, s: int) -> None:
+def check(
+    model: TransformerConfig, tokens: TokensConfig, grid: tuple[int, int], ratio: float, s: int
+) -> None:
     """The promise is 1 %; as it is a closed form of the same products, it is exact."""
     counted, ours = count(model, tokens, grid, ratio, s), model_flops(model, grid, s, ratio, tokens)
     assert ours.forward == counted.forward
     assert ours.training == pytest.approx(counted.training, rel=1e-9)
 
 
-def with_method(model: ModelConfig, method: str) -> tuple[ModelConfig, TokensConfig]:
+def with_method(model: TransformerConfig, method: str) -> tuple[TransformerConfig, TokensConfig]:
     """The network with what the method needs, and without what others need."""
     depth = (model.decoder.depth or 2) if method == "maskdit" else 0
     model = model.model_copy(update={"decoder": model.decoder.model_copy(update={"depth": depth})})
@@ -125,7 +129,7 @@ def test_every_switch(changes, ratio):
 
 def presets() -> list[RunConfig]:
     """A recipe for each of the networks that recipes have."""
-    found: dict[ModelConfig, RunConfig] = {}
+    found: dict[TransformerConfig, RunConfig] = {}
     for name in recipes.names():
         config = recipes.get(name)
         found.setdefault(config.model, config)

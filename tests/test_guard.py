@@ -16,10 +16,10 @@ from shoestring.config import (
     ExpertsConfig,
     GuardConfig,
     MixerConfig,
-    ModelConfig,
     NoiseConfig,
     RunConfig,
     StageConfig,
+    TransformerConfig,
 )
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import EDMProcess
@@ -309,7 +309,7 @@ def test_many_steps_at_once_are_as_one_by_one() -> None:
 
 # -- a real training ---------------------------------------------------------------------------------------
 
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     in_channels=3,
     condition="none",
     dim=32,

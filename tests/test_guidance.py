@@ -10,9 +10,9 @@ from shoestring.config import (
     DecoderConfig,
     ExpertsConfig,
     MixerConfig,
-    ModelConfig,
     SamplingConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.diffusion.process import EDMProcess, FlowProcess, NetworkDenoiser, Process
 from shoestring.interfaces import Conditioning, NoiseLevel
@@ -40,7 +40,7 @@ class Counting(NetworkDenoiser):
 
 
 def denoiser(method: str = "tread", process: Process = PROCESSES[0], condition: str = "class") -> Counting:
-    model = ModelConfig(
+    model = TransformerConfig(
         in_channels=3,
         condition=condition,
         classes=3,

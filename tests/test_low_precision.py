@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.config import DecoderConfig, ExpertsConfig, MixerConfig, ModelConfig, TokensConfig
+from shoestring.config import DecoderConfig, ExpertsConfig, MixerConfig, TokensConfig, TransformerConfig
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
@@ -14,7 +14,7 @@ from shoestring.runtime import Workers, stream
 from shoestring.tensors import visible_from_noise
 from shoestring.training.low_precision import LowPrecisionWeights, add_gradients, kept_whole
 
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     in_channels=3,
     caption_dim=8,
     classes=5,

@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from shoestring import recipes
 from shoestring.config import (
     DecoderConfig,
-    ModelConfig,
     NoiseConfig,
     OptimizerConfig,
     SamplingConfig,
     StageConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.diffusion.losses import denoising_loss, noisy_reconstruction
 from shoestring.diffusion.process import EDMProcess
@@ -44,12 +44,12 @@ CONDITIONS = {
 PROCESS = EDMProcess(0.5)
 
 
-def on_meta(config: ModelConfig, tokens: TokensConfig | None = None) -> DiffusionTransformer:
+def on_meta(config: TransformerConfig, tokens: TokensConfig | None = None) -> DiffusionTransformer:
     with torch.device("meta"):
         return FAMILIES[config.kind](config, tokens)
 
 
-def randomized(config: ModelConfig, tokens: TokensConfig = MASKDIT, seed: int = 0) -> MaskDiT:
+def randomized(config: TransformerConfig, tokens: TokensConfig = MASKDIT, seed: int = 0) -> MaskDiT:
     """Every parameter drawn anew: gates that start at zero make any comparison pass."""
     network, generator = MaskDiT(config, tokens), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def randomized(config: ModelConfig, tokens: TokensConfig = MASKDIT, seed: int = 
     return network
 
 
-def condition(config: ModelConfig) -> Conditioning:
+def condition(config: TransformerConfig) -> Conditioning:
     if config.condition == "text":
         return Conditioning(torch.randn(2, 3, config.caption_dim))
     if config.condition == "class":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig
+from shoestring.config import ExpertsConfig, MixerConfig, TransformerConfig
 from shoestring.interfaces import Conditioning
 from shoestring.models.attention import attend
 from shoestring.models.layers import sincos_positions
@@ -14,7 +14,7 @@ from shoestring.models.transformer import parameter_counts
 from shoestring.runtime import UserError, stream
 from shoestring.tensors import visible_from_noise
 
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     in_channels=3,
     caption_dim=8,
     dim=32,
@@ -26,7 +26,7 @@ SMALL = ModelConfig(
 )
 
 
-def randomized(config: ModelConfig, dtype=torch.float32) -> MicroDiT:
+def randomized(config: TransformerConfig, dtype=torch.float32) -> MicroDiT:
     """Zero-initialised gates would hide everything, so every parameter is drawn anew."""
     model = MicroDiT(config).to(dtype)
     with torch.no_grad():

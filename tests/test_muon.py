@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from forks import run_ranks
-from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig, OptimizerConfig
+from shoestring.config import ExpertsConfig, MixerConfig, OptimizerConfig, TransformerConfig
 from shoestring.models.microdit import MicroDiT
 from shoestring.runtime import Workers, stream
 from shoestring.training.averages import Averages
@@ -96,7 +96,7 @@ def test_pieces_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def drawn_network() -> MicroDiT:
     model = MicroDiT(
-        ModelConfig(
+        TransformerConfig(
             in_channels=3,
             caption_dim=7,
             dim=32,

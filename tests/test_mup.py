@@ -13,9 +13,9 @@ from shoestring.config import (
     DecoderConfig,
     ExpertsConfig,
     MixerConfig,
-    ModelConfig,
     OptimizerConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import FAMILIES
@@ -27,8 +27,8 @@ WIDTHS = (64, 128, 256)
 Kind = Literal["microdit", "maskdit"]
 
 
-def config(kind: Kind, dim: int, base: int | None) -> ModelConfig:
-    return ModelConfig(
+def config(kind: Kind, dim: int, base: int | None) -> TransformerConfig:
+    return TransformerConfig(
         kind=kind,
         in_channels=3,
         caption_dim=16,
@@ -42,7 +42,7 @@ def config(kind: Kind, dim: int, base: int | None) -> ModelConfig:
     )
 
 
-def network(config: ModelConfig, tokens: TokensConfig | None = None) -> DiffusionTransformer:
+def network(config: TransformerConfig, tokens: TokensConfig | None = None) -> DiffusionTransformer:
     model = FAMILIES[config.kind](config, tokens)
     model.initialize(stream(0, "init"))
     return model
@@ -176,7 +176,7 @@ def test_a_base_that_does_not_fit_is_named() -> None:
     with pytest.raises(ValidationError, match=r"at which mixer\.dim would be 24; .* multiple of 16"):
         config("microdit", 64, 48)
     with pytest.raises(ValidationError, match=r"at which decoder\.dim would be 32; .* multiple of 64"):
-        ModelConfig(
+        TransformerConfig(
             dim=64,
             head_dim=16,
             mup_base_dim=32,
@@ -184,4 +184,6 @@ def test_a_base_that_does_not_fit_is_named() -> None:
             decoder=DecoderConfig(depth=1, dim=64, head_dim=64),
         )
     with pytest.raises(ValidationError, match=r"must be at least 0\.125 \(2 / dim\)"):
-        ModelConfig(dim=64, head_dim=16, mup_base_dim=16, qkv_multipliers=(0.1,), mixer=MixerConfig(depth=0))
+        TransformerConfig(
+            dim=64, head_dim=16, mup_base_dim=16, qkv_multipliers=(0.1,), mixer=MixerConfig(depth=0)
+        )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig, OptimizerConfig, TokensConfig
+from shoestring.config import ExpertsConfig, MixerConfig, OptimizerConfig, TokensConfig, TransformerConfig
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import UserError, Workers, stream
 from shoestring.training.optim import Optimizers, parameter_roles
 
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     in_channels=3,
     caption_dim=8,
     dim=32,
@@ -23,7 +23,7 @@ SMALL = ModelConfig(
 )
 
 
-def network(config: ModelConfig = SMALL) -> DiffusionTransformer:
+def network(config: TransformerConfig = SMALL) -> DiffusionTransformer:
     model = MicroDiT(config)
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):

@@ -10,12 +10,12 @@ from shoestring.config import (
     DecoderConfig,
     ExpertsConfig,
     MixerConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
     StageConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
@@ -33,7 +33,7 @@ COMMON = {"in_channels": 3, "dim": 32, "head_dim": 16, "ffn_multiple_of": 16}
 def recipe(kind: str, optimizer: str) -> RunConfig:
     """Experts and a patch mixer, or MaskDiT, whose mask token the second stage does not use."""
     if kind in {"experts", "recomputed"}:
-        model = ModelConfig(
+        model = TransformerConfig(
             **COMMON,
             caption_dim=8,
             depth=3,
@@ -43,7 +43,7 @@ def recipe(kind: str, optimizer: str) -> RunConfig:
         )
         tokens = TokensConfig()
     else:
-        model = ModelConfig(
+        model = TransformerConfig(
             **COMMON,
             kind="maskdit",
             condition="class",

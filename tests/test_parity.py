@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parity import check
-from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig, NoiseConfig
+from shoestring.config import ExpertsConfig, MixerConfig, NoiseConfig, TransformerConfig
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
@@ -244,9 +244,9 @@ def test_checker_builds_any_model(variant, tmp_path):
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> tuple[ModelConfig, int, float]:
+def configs(draw: st.DrawFn) -> tuple[TransformerConfig, int, float]:
     depth = draw(st.integers(1, 4))
-    config = ModelConfig(
+    config = TransformerConfig(
         in_channels=draw(st.integers(1, 4)),
         caption_dim=draw(st.integers(1, 6)),
         patch_size=draw(st.integers(1, 3)),

@@ -15,9 +15,9 @@ from shoestring.config import (
     DecoderConfig,
     ExpertsConfig,
     MixerConfig,
-    ModelConfig,
     RunConfig,
     TokensConfig,
+    TransformerConfig,
     apply_overrides,
 )
 from shoestring.diffusion.losses import denoising_loss
@@ -36,7 +36,7 @@ from memory_forecast import LivePeak, Setting, batch_of, compare, learner_of, ru
 
 CPU = torch.device("cpu")
 RESOLUTION = 128
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     caption_dim=96,
     dim=64,
     depth=4,
@@ -56,7 +56,7 @@ PLAIN = SMALL.model_copy(
 )
 
 
-def small(*words: object, model: ModelConfig = SMALL, **named: object) -> RunConfig:
+def small(*words: object, model: TransformerConfig = SMALL, **named: object) -> RunConfig:
     """A run at a setting."""
     return run_config(Setting("small", *words, **named), model, RESOLUTION)
 

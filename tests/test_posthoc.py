@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shoestring import cli
-from shoestring.config import ExpertsConfig, MixerConfig, ModelConfig, RunConfig, StageConfig
+from shoestring.config import ExpertsConfig, MixerConfig, RunConfig, StageConfig, TransformerConfig
 from shoestring.models.files import ModelFacts, build_network, load_model, save_model
 from shoestring.runtime import UserError, stream
 from shoestring.training.averages import Averages, power_gamma
@@ -36,7 +36,7 @@ def config(**model: object) -> RunConfig:
         "experts": ExpertsConfig(count=0),
     }
     stage = StageConfig(name="s", nimg=BATCH * STEPS, batch=BATCH, lr=1.0)
-    return RunConfig(name="walk", model=ModelConfig(**small | model), stages=(stage,), power_ema=TRACKS)
+    return RunConfig(name="walk", model=TransformerConfig(**small | model), stages=(stage,), power_ema=TRACKS)
 
 
 def save(run: Path, folder: str, nimg: int, averages: Averages, config: RunConfig) -> None:

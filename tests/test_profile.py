@@ -11,14 +11,21 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoestring import cli, recipes
-from shoestring.config import DecoderConfig, ExpertsConfig, MixerConfig, ModelConfig, RunConfig, TokensConfig
+from shoestring.config import (
+    DecoderConfig,
+    ExpertsConfig,
+    MixerConfig,
+    RunConfig,
+    TokensConfig,
+    TransformerConfig,
+)
 from shoestring.models.routing import METHODS
 from shoestring.planning import measured_peak_flops, model_flops
 from shoestring.training import profile
 from shoestring.training.operations import Ledger
 from shoestring.training.profile import StepProfile, profile_recipe, profile_table
 
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     in_channels=3,
     caption_dim=8,
     dim=32,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shoestring import recipes
-from shoestring.config import MixerConfig, ModelConfig, parse_yaml, schema, to_yaml
+from shoestring.config import MixerConfig, TransformerConfig, parse_yaml, schema, to_yaml
 from shoestring.models.files import build_network
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.transformer import parameter_counts
@@ -17,7 +17,7 @@ from shoestring.recipes.microdit import BATCH, tiny2, tiny2_paper, xl2
 from shoestring.runtime import UserError
 
 
-def on_meta(config: ModelConfig) -> MicroDiT:
+def on_meta(config: TransformerConfig) -> MicroDiT:
     with torch.device("meta"):
         return MicroDiT(config)
 
@@ -40,11 +40,11 @@ def test_recipe_builds_round_trips_and_explains_itself(name: str) -> None:
     ("config", "total", "active"),
     [(tiny2(), 200_692_752, 120_476_688), (xl2(), 1_165_442_320, 712_457_488)],
 )
-def test_released_presets_have_the_published_size(config: ModelConfig, total: int, active: int) -> None:
+def test_released_presets_have_the_published_size(config: TransformerConfig, total: int, active: int) -> None:
     assert parameter_counts(on_meta(config)) == (total, active)
 
 
-def mixer_share(config: ModelConfig) -> float:
+def mixer_share(config: TransformerConfig) -> float:
     counts = {"patch_mixer": 0, "blocks": 0}
     for name, parameter in on_meta(config).named_parameters():
         for part in counts:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shoestring.config import DecoderConfig, ModelConfig, TokensConfig
+from shoestring.config import DecoderConfig, TokensConfig, TransformerConfig
 from shoestring.models.maskdit import MaskDiT
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.released import (
@@ -31,7 +31,7 @@ from shoestring.runtime import UserError
 from test_maskdit import CONDITIONS, SMALL, condition, on_meta, randomized
 
 
-def shallow(classes: int = 7, decoder: bool = True) -> ModelConfig:
+def shallow(classes: int = 7, decoder: bool = True) -> TransformerConfig:
     """One block of a released width: its size is found out from the file."""
     part = DecoderConfig(depth=1, dim=512, head_dim=32) if decoder else None
     return maskdit_config(dim=384, depth=1, heads=6, patch_size=4, classes=classes, decoder=part)

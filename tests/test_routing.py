@@ -18,11 +18,11 @@ from shoestring.config import (
     DecoderConfig,
     ExpertsConfig,
     MixerConfig,
-    ModelConfig,
     NoiseConfig,
     RunConfig,
     StageConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import EDMProcess, FlowProcess
@@ -45,8 +45,8 @@ EVERY = list(product(FAMILIES, METHODS, CONDITIONS))
 PREDICT_ALL = ("maskdit", "tread", "sprint")
 
 
-def settings(family: str, method: str, condition: str = "class") -> tuple[ModelConfig, TokensConfig]:
-    model = ModelConfig(
+def settings(family: str, method: str, condition: str = "class") -> tuple[TransformerConfig, TokensConfig]:
+    model = TransformerConfig(
         kind=family,
         in_channels=3,
         condition=condition,

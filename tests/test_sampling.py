@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from shoestring.config import ModelConfig, SamplingConfig
+from shoestring.config import SamplingConfig, TransformerConfig
 from shoestring.diffusion.process import EDMProcess, FlowProcess
 from shoestring.interfaces import Conditioning, Denoised, NoiseLevel
 from shoestring.models.microdit import MicroDiT
@@ -134,7 +134,7 @@ def test_heun_calls_the_network_twice_a_step_but_the_last():
 
 
 def network(**changes):
-    config = ModelConfig(
+    config = TransformerConfig(
         in_channels=3,
         caption_dim=8,
         dim=32,

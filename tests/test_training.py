@@ -7,10 +7,10 @@ from torch import nn
 from shoestring.config import (
     ExpertsConfig,
     MixerConfig,
-    ModelConfig,
     OptimizerConfig,
     StageConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
@@ -20,7 +20,7 @@ from shoestring.training.optim import Optimizers
 from shoestring.training.schedule import Position
 from shoestring.training.step import Draws, Learner, StepResult, TrainingBatch, train_step
 
-SMALL = ModelConfig(
+SMALL = TransformerConfig(
     in_channels=3,
     caption_dim=8,
     dim=32,

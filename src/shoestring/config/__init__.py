@@ -9,6 +9,8 @@ from shoestring.config.model import (
     ModelConfig,
     Ramp,
     TokensConfig,
+    TransformerConfig,
+    UNetConfig,
 )
 from shoestring.config.schema import (
     LONGEST_AVERAGE,
@@ -45,6 +47,8 @@ __all__ = [
     "StageConfig",
     "StoreConfig",
     "TokensConfig",
+    "TransformerConfig",
+    "UNetConfig",
     "apply_overrides",
     "from_json",
     "load_yaml",

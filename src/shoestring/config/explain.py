@@ -33,9 +33,44 @@ _LIMITS = {
 }
 
 
+def root(kind: type[BaseModel], data: Any) -> Node:
+    """The JSON schema of a class of settings, sections put in their places.
+
+    Args:
+        kind: the class.
+        data: the settings it is for: where a section is of one of several families, its ``kind`` says which.
+
+    Returns:
+        Of such sections the family's own schema, marked ``families``: pydantic's paths name the family too.
+    """
+    whole = _schema(kind)
+    chosen = {key: _chosen(node, data, key) for key, node in whole.get("properties", {}).items()}
+    return {**whole, "properties": chosen}
+
+
+def _chosen(node: Node, data: Any, key: str) -> Node:
+    families = node.get("oneOf")
+    if families is None:
+        return node
+    given = data.get(key) if isinstance(data, dict) else None
+    kind = given.get("kind") if isinstance(given, dict) else None
+    kinds = {id(family): _kinds(family) for family in families}
+    family = next((family for family in families if kind in kinds[id(family)]), families[0])
+    every = [name for family in families for name in kinds[id(family)]]
+    named = {**family["properties"]["kind"], "enum": every}
+    named.pop("const", None)
+    about = {name: value for name, value in node.items() if name not in ("oneOf", "default")}
+    return {**family, **about, "properties": {**family["properties"], "kind": named}, "families": True}
+
+
+def _kinds(family: Node) -> list[str]:
+    kind = family["properties"]["kind"]
+    found: list[str] = kind["enum"] if "enum" in kind else [kind["const"]]
+    return found
+
+
 @cache
-def root(kind: type[BaseModel]) -> Node:
-    """The JSON schema of a class of settings, sections put in their places."""
+def _schema(kind: type[BaseModel]) -> Node:
     schema = kind.model_json_schema()
 
     def inlined(node: Any) -> Any:
@@ -100,6 +135,8 @@ def expected(node: Node) -> str:
     limits = [f"{word} {node[key]:g}" for key, word in _LIMITS.items() if key in node]
     if limits:
         text += " " + " and ".join(limits).replace("and of", "and")
+    if "multipleOf" in node:
+        text += f" and a multiple of {node['multipleOf']}"
     if "pattern" in node:
         text += f" that matches {node['pattern']}"
     if "maxLength" in node:
@@ -205,9 +242,12 @@ def explain(kind: type[BaseModel], error: ValidationError, data: Any) -> str:
         A sentence without a final stop.
     """
     first = error.errors(include_url=False)[0]
-    schema = root(kind)
+    schema = root(kind, data)
     node, path, value = schema, list[str | int](), data
-    for part in first["loc"]:
+    loc = list(first["loc"])
+    if schema["properties"].get(loc[0] if loc else None, {}).get("families"):
+        del loc[1:2]  # pydantic's name of the family
+    for part in loc:
         below = child(node, part)
         # Where a value may be of several kinds (a ramp or a list), pydantic's path goes on with the name of
         # a kind and it complains once for each: such a value is judged as a whole.
@@ -216,7 +256,7 @@ def explain(kind: type[BaseModel], error: ValidationError, data: Any) -> str:
         node = below
         path.append(part)
         value = value.get(part) if isinstance(value, dict) else value[part]
-    rest = first["loc"][len(path) :]
+    rest = loc[len(path) :]
     name = dotted(path) or "the configuration"
     match first["type"]:
         case "value_error":  # our own sentences begin with the name of the field

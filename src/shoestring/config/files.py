@@ -223,7 +223,7 @@ def apply_overrides(config: Settings, overrides: Sequence[str]) -> Settings:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"cannot read {override!r}; write key=value, for example model.depth=4")
-        _override(explain.root(type(config)), data, key.strip(), text)
+        _override(explain.root(type(config), data), data, key.strip(), text)
     return _validate(type(config), data)
 
 
@@ -298,7 +298,8 @@ def to_yaml(config: Frozen, header: str = "") -> str:
     lines = [line.rstrip() for line in lines]
     if lines:
         lines.append("")
-    lines += _section(config.model_dump(mode="json"), explain.root(type(config)), 0, comments=True)
+    data = config.model_dump(mode="json")
+    lines += _section(data, explain.root(type(config), data), 0, comments=True)
     return "\n".join(lines) + "\n"
 
 

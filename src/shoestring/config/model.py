@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from shoestring.config.base import Frozen, Positive, Share, setting
 
@@ -49,8 +49,8 @@ class DecoderConfig(Frozen):
     head_dim: int = setting("width of one attention head", 32, gt=0)
 
 
-class ModelConfig(Frozen):
-    """The network."""
+class TransformerConfig(Frozen):
+    """A diffusion transformer."""
 
     kind: Literal["microdit", "maskdit"] = setting(
         "family of blocks: microdit (SwiGLU, experts) or maskdit (plain DiT)", "microdit"
@@ -138,14 +138,14 @@ class ModelConfig(Frozen):
                 )
         return self
 
-    def at_width(self, dim: int) -> ModelConfig:
+    def at_width(self, dim: int) -> TransformerConfig:
         """The same network at another width: mixer and decoder in proportion, heads as wide as before."""
 
         def scaled(part: MixerConfig | DecoderConfig) -> dict[str, Any]:
             return part.model_dump() | ({"dim": part.dim * dim // self.dim} if part.depth else {})
 
         changes = {"dim": dim, "mixer": scaled(self.mixer), "decoder": scaled(self.decoder)}
-        return ModelConfig.model_validate(self.model_dump() | changes | {"mup_base_dim": None})
+        return TransformerConfig.model_validate(self.model_dump() | changes | {"mup_base_dim": None})
 
     def per_block(self, name: Literal["qkv_multipliers", "ffn_multipliers"]) -> tuple[float, ...]:
         """The multipliers of all backbone blocks."""
@@ -153,6 +153,74 @@ class ModelConfig(Frozen):
         if isinstance(values, Ramp):
             return values.per_block(self.depth)
         return tuple(v for v in values for _ in range(self.depth // len(values)))
+
+
+class UNetConfig(Frozen):
+    """A U-Net as Stable Diffusion's, of any width: the family of the LDM scaling study (arXiv 2404.01367).
+
+    Classes are shown to it as captions of two tokens, zero and their row of a table.
+    """
+
+    kind: Literal["unet"] = setting("unet: ResNet blocks and cross-attention at several resolutions")
+    in_channels: int = setting("channels of the latents (3 for pixels)", 4, gt=0)
+    condition: Literal["text", "class", "none"] = setting("text, class (a table, one token) or none", "text")
+    caption_dim: int = setting("width of the caption embeddings, or of the table of classes", 1024, gt=0)
+    classes: int = setting("class: how many", 1000, ge=1)
+    patch_size: int = setting("pixel-unshuffle: so many latents a side become channels", 1, ge=1)
+    channels: int = setting("base channels c", 320, ge=8, multiple_of=4)
+    multipliers: tuple[Annotated[int, Field(ge=1, le=16)], ...] = setting(
+        "channels of each resolution as multiples of c, the finest first", (1, 2, 4, 4), min_length=2
+    )
+    layers: int = setting(
+        "ResNet blocks at each resolution on the way down (one more on the way up)", 2, ge=1
+    )
+    attention: tuple[bool, ...] = setting(
+        "whether each resolution has attention to itself and to the caption", (True, True, True, False)
+    )
+    attention_depth: int = setting("transformer blocks of each attention", 1, ge=1)
+    heads: int = setting("attention heads, where they are at least 8 wide; else fewer", 8, ge=1)
+    mask_captions: bool = setting("attend to real caption tokens only", False)
+    checkpoint_activations: bool = setting("recompute each block in the backward pass", False)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.attention) != len(self.multipliers):
+            raise ValueError(
+                f"attention has {len(self.attention)} values and multipliers {len(self.multipliers)}; both "
+                "need one for each resolution"
+            )
+        if not any(self.attention):
+            raise ValueError("attention is false everywhere; the caption enters there, make one true")
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each resolution."""
+        return tuple(self.channels * multiplier for multiplier in self.multipliers)
+
+    @property
+    def norm_groups(self) -> int:
+        """Groups of every group norm: gcd(32, c), which is 32 for all members of the paper's family."""
+        return math.gcd(32, self.channels)
+
+    def heads_of(self, width: int) -> int:
+        """Attention heads at a width: the most up to ``heads`` that divide it and are at least 8 wide."""
+        fitting = [n for n in range(1, self.heads + 1) if width % n == 0 and width // n >= 8]
+        return max(fitting, default=1)
+
+
+def _family(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return "unet" if kind == "unet" else "transformer"
+
+
+ModelConfig = TransformerConfig | UNetConfig
+"""Any network."""
+AnyModel = Annotated[
+    Annotated[TransformerConfig, Tag("transformer")] | Annotated[UNetConfig, Tag("unet")],
+    Discriminator(_family),
+]
+"""The same as a setting: its ``kind`` decides, and is microdit where it is left out."""
 
 
 class TokensConfig(Frozen):

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from shoestring.config.base import Frozen, Positive, Share, setting
 from shoestring.config.data import DataConfig, StoreConfig
-from shoestring.config.model import ModelConfig, TokensConfig
+from shoestring.config.model import AnyModel, TokensConfig, TransformerConfig
 
 MASK_STEPS = 16
 """A changing mask ratio moves in sixteenths, so that a compiled step is not built anew for every ratio."""
@@ -25,17 +25,36 @@ AverageLength = Annotated[float, Field(ge=SHORTEST_AVERAGE, le=LONGEST_AVERAGE)]
 class ProcessConfig(Frozen):
     """How noise is added and what the network predicts."""
 
-    kind: Literal["edm", "flow"] = setting("edm (Karras et al. 2022) or flow (linear path, velocity)", "edm")
+    kind: Literal["edm", "flow", "ddpm"] = setting(
+        "edm (Karras et al. 2022), flow (linear path, velocity) or ddpm (a table of noise levels)", "edm"
+    )
     sigma_data: Positive | None = setting(
         "standard deviation of the latents; null = measured on the training data", None
     )
     flow_shift: Positive = setting("flow: t -> shift t / (1 + (shift - 1) t); above 1 favours noise", 1.0)
+    prediction: Literal["epsilon", "v", "x0"] = setting("ddpm: what the network predicts", "epsilon")
+    schedule: Literal["linear", "scaled-linear", "cosine"] = setting(
+        "ddpm: linear (DDPM), scaled-linear (Stable Diffusion) or cosine (Improved DDPM)", "scaled-linear"
+    )
+    timesteps: int = setting("ddpm: entries of the table", 1000, ge=2, le=100_000)
+    zero_terminal_snr: bool = setting("ddpm: rescale the table so that its last entry is pure noise", False)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kind == "ddpm" and self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "prediction is epsilon and zero_terminal_snr is true; noise alone says nothing of the "
+                "picture there, so set prediction to v or x0"
+            )
+        return self
 
 
 class NoiseConfig(Frozen):
     """Distribution of training noise levels."""
 
-    mean: float = setting("edm: mean of ln sigma (P_mean); flow: mean of logit t", -0.6, ge=-10, le=10)
+    mean: float = setting(
+        "edm: mean of ln sigma (P_mean); flow: mean of logit t; ddpm takes all alike", -0.6, ge=-10, le=10
+    )
     std: Positive = setting("edm: spread of ln sigma (P_std); flow: spread of logit t", 1.2)
 
 
@@ -150,9 +169,19 @@ class OptimizerConfig(Frozen):
 class SamplingConfig(Frozen):
     """Defaults for drawing pictures."""
 
-    sampler: Literal["heun", "euler", "dpmpp-2m", "dpmpp-3m"] = setting(
-        "heun (2 calls a step), euler, or DPM-Solver++ of second or third order (1 call a step)", "heun"
-    )
+    sampler: Literal[
+        "heun",
+        "euler",
+        "ddim",
+        "ddpm",
+        "euler-ancestral",
+        "dpmpp-2m",
+        "dpmpp-3m",
+        "dpmpp-2s",
+        "dpmpp-3s",
+        "dpmpp-2m-sde",
+        "unipc",
+    ] = setting("docs/sampling-cost.md says what each is; all but heun make one network call a step", "heun")
     steps: int = setting("noise levels", 30, ge=1, le=10_000)
     guidance: float = setting("classifier-free guidance; 1 = off, 0 = without the caption", 5.0)
     weak: Literal["condition", "tokens", "both"] = setting(
@@ -166,12 +195,21 @@ class SamplingConfig(Frozen):
     guidance_interval: tuple[float, float] | None = setting(
         "guide only where sigma is in [low, high]; null = everywhere", None
     )
-    sigma_min: Positive = setting("edm: last noise level", 0.002)
-    sigma_max: Positive = setting("edm: first noise level", 80.0)
-    rho: Positive = setting("edm: spacing of the noise levels", 7.0)
+    eta: Share = setting("ddim: share of the noise that is drawn anew in every step; 0 = none", 0.0)
+    spacing: Literal["auto", "rho", "log-snr", "trailing", "leading", "uniform", "table"] = setting(
+        "grid of noise levels; auto = rho for edm, else trailing", "auto"
+    )
+    sigma_min: Positive = setting("rho, log-snr: last noise-to-signal ratio above zero", 0.002)
+    sigma_max: Positive = setting("rho, log-snr: first noise-to-signal ratio", 80.0)
+    rho: Positive = setting("rho: exponent of the grid (EDM and Karras: 7)", 7.0)
+    sigmas: tuple[Positive, ...] | None = setting(
+        "table: falling noise-to-signal ratios; null = those of Align Your Steps", None
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.sigmas is not None:
+            self._fits_table(self.sigmas)
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min is {self.sigma_min}; it must be below sigma_max ({self.sigma_max})")
         if (
@@ -182,6 +220,19 @@ class SamplingConfig(Frozen):
                 f"guidance_interval is {self.guidance_interval}; it must be [low, high] with 0 <= low <= high"
             )
         return self
+
+    def _fits_table(self, sigmas: tuple[float, ...]) -> None:
+        if len(sigmas) < 2:
+            raise ValueError(f"sigmas has {len(sigmas)} values; it needs 2 or more")
+        if self.spacing != "table":
+            raise ValueError(
+                f"sigmas is set, but spacing is {self.spacing}; set spacing=table, or sigmas=null"
+            )
+        for i, (ahead, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+            if after >= ahead:
+                raise ValueError(
+                    f"sigmas goes from {ahead:g} to {after:g} at place {i + 1}; noise must fall all the way"
+                )
 
 
 class LoggingConfig(Frozen):
@@ -244,7 +295,7 @@ class RunConfig(Frozen):
     device: str = setting("auto, cpu, cuda, cuda:1, mps", "auto")
     precision: Literal["bf16", "fp32"] = setting("bf16 autocast over fp32 weights, or fp32", "bf16")
     compile: bool = setting("torch.compile the blocks (one to two minutes at the start)", False)
-    model: ModelConfig = setting("the network", ModelConfig())
+    model: AnyModel = setting("the network", TransformerConfig())
     tokens: TokensConfig = setting("token reduction while training", TokensConfig())
     process: ProcessConfig = setting("noise process", ProcessConfig())
     data: DataConfig = setting("data", DataConfig())
@@ -265,11 +316,25 @@ class RunConfig(Frozen):
     def _fits(self) -> Self:
         if len({f"{length:g}" for length in self.power_ema}) < len(self.power_ema):
             raise ValueError(f"power_ema is {list(self.power_ema)}; two lengths are the same, give each once")
+        if self.model.kind == "unet":
+            self._fits_unet()
         names = [stage.name for stage in self.stages]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"stages has the name {twice!r} twice; give every stage a name of its own")
         return self
+
+    def _fits_unet(self) -> None:
+        for found, key, valid in (
+            (self.tokens.method, "tokens.method", "dense"),
+            (self.optimizer.kind, "optimizer.kind", "adamw"),
+            (self.compile, "compile", False),
+        ):
+            if found != valid:
+                raise ValueError(
+                    f"{key} is {str(found).lower()}, but model.kind=unet has no transformer blocks; "
+                    f"set it to {str(valid).lower()}"
+                )
 
     @property
     def nimg(self) -> int:

@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shoestring.config import RunConfig, from_json
+from shoestring.config import ModelConfig, RunConfig, TokensConfig, UNetConfig, from_json
 from shoestring.models.maskdit import MaskDiT
 from shoestring.models.microdit import MicroDiT
+from shoestring.models.network import BaseNetwork
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import UserError
 
@@ -41,7 +42,24 @@ class ModelFacts:
     """Names of the classes by their number, for class-conditional models."""
 
 
-def build_network(config: RunConfig, generator: torch.Generator | None = None) -> DiffusionTransformer:
+def new_network(model: ModelConfig, tokens: TokensConfig) -> BaseNetwork:
+    """A network whose weights are not drawn yet, on the default device.
+
+    Args:
+        model: its settings.
+        tokens: the token method.
+
+    Returns:
+        Of the family that ``model.kind`` names.
+    """
+    if isinstance(model, UNetConfig):
+        from shoestring.models.unet import UNet  # diffusers takes a second to import
+
+        return UNet(model, tokens)
+    return FAMILIES[model.kind](model, tokens)
+
+
+def build_network(config: RunConfig, generator: torch.Generator | None = None) -> BaseNetwork:
     """The network of a configuration.
 
     Args:
@@ -51,7 +69,7 @@ def build_network(config: RunConfig, generator: torch.Generator | None = None) -
     Returns:
         The network, on the default device.
     """
-    network = FAMILIES[config.model.kind](config.model, config.tokens)
+    network = new_network(config.model, config.tokens)
     if generator is not None:
         network.initialize(generator)
     return network
@@ -129,7 +147,7 @@ def is_own(path: Path) -> bool:
         return False
 
 
-def load_model(path: Path) -> tuple[RunConfig, DiffusionTransformer, ModelFacts]:
+def load_model(path: Path) -> tuple[RunConfig, BaseNetwork, ModelFacts]:
     """Read a model file.
 
     Args:
@@ -150,7 +168,7 @@ def load_model(path: Path) -> tuple[RunConfig, DiffusionTransformer, ModelFacts]
 
 
 @torch.no_grad()
-def load_weights(network: DiffusionTransformer, tensors: dict[str, Tensor], where: str) -> None:
+def load_weights(network: BaseNetwork, tensors: dict[str, Tensor], where: str) -> None:
     """Copy weights into a network that they fit exactly.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shoestring.config import ModelConfig
+from shoestring.config import TransformerConfig
 from shoestring.models.layers import (
     MLP,
     Activation,
@@ -40,7 +40,7 @@ class DiTBlock(TransformerBlock):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: TransformerConfig,
         dim: int,
         head_dim: int,
         qkv_multiplier: float,

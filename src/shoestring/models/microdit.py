@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from shoestring.config import ModelConfig
+from shoestring.config import TransformerConfig
 from shoestring.models.layers import (
     AdaLN,
     CrossAttention,
@@ -42,7 +42,7 @@ class Block(TransformerBlock):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: TransformerConfig,
         dim: int,
         head_dim: int,
         qkv_multiplier: float,

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from shoestring.config import ModelConfig
+from shoestring.config import TransformerConfig
 from shoestring.models.files import FAMILIES, load_weights
 from shoestring.models.layers import sincos_positions
 from shoestring.models.released_config import config_from_weights, tokens_of
@@ -51,7 +51,7 @@ def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if not name.startswith(FOREIGN)}
 
 
-def _table_widths(model: ModelConfig) -> dict[str, int]:
+def _table_widths(model: TransformerConfig) -> dict[str, int]:
     """The position tables that a network has, with their widths."""
     widths = {"pos_embed": model.dim}
     return widths | {"decoder_pos_embed": model.decoder.dim} if model.decoder.depth else widths
@@ -231,7 +231,9 @@ def _state_dict(content: Any, part: Part, path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def read_released(path: Path, model: ModelConfig | None = None, part: Part = "ema") -> DiffusionTransformer:
+def read_released(
+    path: Path, model: TransformerConfig | None = None, part: Part = "ema"
+) -> DiffusionTransformer:
     """A network from a released file of MicroDiT or MaskDiT.
 
     Args:

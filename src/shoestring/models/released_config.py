@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shoestring.config import DecoderConfig, ExpertsConfig, MixerConfig, ModelConfig, TokensConfig
+from shoestring.config import DecoderConfig, ExpertsConfig, MixerConfig, TokensConfig, TransformerConfig
 from shoestring.runtime import UserError
 
 MASKDIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}
@@ -18,7 +18,7 @@ MICRODIT_HEAD_DIM = {512: 32, 1024: 64}
 MICRODIT_MULTIPLE_OF, MICRODIT_CAPACITY = 256, 2.0
 
 
-def config_from_released(values: Mapping[str, Any]) -> ModelConfig:
+def config_from_released(values: Mapping[str, Any]) -> TransformerConfig:
     """Our configuration from the constructor values of the released MicroDiT.
 
     Args:
@@ -31,7 +31,7 @@ def config_from_released(values: Mapping[str, Any]) -> ModelConfig:
     dit = values["dit"]
     dit = json.loads(dit) if isinstance(dit, str) else dit
     mixer_on = dit.get("use_patch_mixer", True)
-    return ModelConfig(
+    return TransformerConfig(
         in_channels=int(dit.get("in_channels", values.get("in_channels", 4))),
         caption_dim=int(dit.get("caption_channels", values.get("caption_channels", 1024))),
         patch_size=dit["patch_size"],
@@ -63,7 +63,7 @@ def maskdit_config(
     in_channels: int = 4,
     classes: int = 1000,
     decoder: DecoderConfig | None = None,
-) -> ModelConfig:
+) -> TransformerConfig:
     """Our configuration of a released MaskDiT.
 
     Args:
@@ -80,7 +80,7 @@ def maskdit_config(
 
     Source: arXiv 2306.09305 and the released code: feed-forward 4 D, biases, no qk-norm.
     """
-    return ModelConfig(
+    return TransformerConfig(
         kind="maskdit",
         in_channels=in_channels,
         condition="class" if classes else "none",
@@ -100,7 +100,7 @@ def maskdit_config(
     )
 
 
-def tokens_of(model: ModelConfig) -> TokensConfig:
+def tokens_of(model: TransformerConfig) -> TokensConfig:
     """The token method that a released network was made for.
 
     Args:
@@ -118,7 +118,7 @@ def tokens_of(model: ModelConfig) -> TokensConfig:
     )
 
 
-def config_from_weights(tensors: Mapping[str, Tensor], where: str) -> ModelConfig:
+def config_from_weights(tensors: Mapping[str, Tensor], where: str) -> TransformerConfig:
     """Our configuration from the shapes of released weights.
 
     What shapes do not tell is that of the released sizes: heads by width and, for MicroDiT, capacity 2 and
@@ -166,7 +166,7 @@ def _depth(tensors: Mapping[str, Tensor], blocks: str) -> int:
     return len({name.split(".")[1] for name in tensors if name.startswith(f"{blocks}.")})
 
 
-def _maskdit_from_weights(tensors: Mapping[str, Tensor], where: str) -> ModelConfig:
+def _maskdit_from_weights(tensors: Mapping[str, Tensor], where: str) -> TransformerConfig:
     dim, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     table = tensors.get("y_embedder.embedding_table.weight")
     decoder = None
@@ -185,7 +185,7 @@ def _maskdit_from_weights(tensors: Mapping[str, Tensor], where: str) -> ModelCon
     )
 
 
-def _microdit_from_weights(tensors: Mapping[str, Tensor], where: str) -> ModelConfig:
+def _microdit_from_weights(tensors: Mapping[str, Tensor], where: str) -> TransformerConfig:
     dim, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     depth = _depth(tensors, "blocks")
 
@@ -211,7 +211,7 @@ def _microdit_from_weights(tensors: Mapping[str, Tensor], where: str) -> ModelCo
         every = 1 + min(int(name.split(".")[1]) for name in with_experts)
         count = tensors[with_experts[0]].shape[0]
         experts = ExpertsConfig(count=count, capacity=MICRODIT_CAPACITY, every=every)
-    return ModelConfig(
+    return TransformerConfig(
         in_channels=in_channels,
         caption_dim=tensors["y_embedder.y_proj.fc1.weight"].shape[1],
         patch_size=patch_size,

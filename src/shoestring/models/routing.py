@@ -10,7 +10,7 @@ import difflib
 import torch
 from torch import Tensor, nn
 
-from shoestring.config import ModelConfig, TokensConfig
+from shoestring.config import TokensConfig, TransformerConfig
 from shoestring.models.token_method import Layers, Result, TokenMethod, Visible
 from shoestring.runtime import UserError
 from shoestring.tensors import gather_tokens, replace_tokens
@@ -61,7 +61,7 @@ class MaskDiTMethod(TokenMethod):
 
     predicts_all = reconstructs = True
 
-    def __init__(self, model: ModelConfig, tokens: TokensConfig) -> None:
+    def __init__(self, model: TransformerConfig, tokens: TokensConfig) -> None:
         super().__init__(model, tokens)
         if not model.decoder.depth:
             term = f" and tokens.reconstruction is {tokens.reconstruction}" if tokens.reconstruction else ""
@@ -84,7 +84,7 @@ class _Middle(TokenMethod):
 
     predicts_all = True
 
-    def __init__(self, model: ModelConfig, tokens: TokensConfig) -> None:
+    def __init__(self, model: TransformerConfig, tokens: TokensConfig) -> None:
         super().__init__(model, tokens)
         last = tokens.last + model.depth if tokens.last < 0 else tokens.last
         if not 0 <= tokens.first < last <= model.depth:
@@ -127,7 +127,7 @@ class Sprint(_Middle):
 
     drops_paths = True
 
-    def __init__(self, model: ModelConfig, tokens: TokensConfig) -> None:
+    def __init__(self, model: TransformerConfig, tokens: TokensConfig) -> None:
         super().__init__(model, tokens)
         if self.first == 0 or self.last == model.depth:
             raise UserError(
@@ -192,7 +192,7 @@ def method_class(tokens: TokensConfig) -> type[TokenMethod]:
     return METHODS[tokens.method]
 
 
-def build_method(model: ModelConfig, tokens: TokensConfig) -> TokenMethod:
+def build_method(model: TransformerConfig, tokens: TokensConfig) -> TokenMethod:
     """The configured method.
 
     Args:

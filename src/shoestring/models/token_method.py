@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from shoestring.config import ModelConfig, TokensConfig
+from shoestring.config import TokensConfig, TransformerConfig
 from shoestring.runtime import UserError
 from shoestring.tensors import Bool, Float, Int
 
@@ -61,7 +61,7 @@ class TokenMethod(nn.Module):
     drops_paths = False
     """Whether some training samples do without the reduced part (``tokens.path_drop``)."""
 
-    def __init__(self, model: ModelConfig, tokens: TokensConfig) -> None:
+    def __init__(self, model: TransformerConfig, tokens: TokensConfig) -> None:
         super().__init__()
         if tokens.reconstruction and not self.reconstructs:
             raise UserError(

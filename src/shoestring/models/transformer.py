@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shoestring.config import ModelConfig, TokensConfig
+from shoestring.config import TokensConfig, TransformerConfig
 from shoestring.interfaces import Conditioning, NetworkOutput
 from shoestring.models.attention import Choices
 from shoestring.models.layers import (
@@ -35,6 +35,7 @@ from shoestring.models.layers import (
     swiglu_width,
 )
 from shoestring.models.moe import ExpertChoice
+from shoestring.models.network import BaseNetwork
 from shoestring.models.routing import build_method
 from shoestring.models.width import Widths
 from shoestring.tensors import Bool, Float, Int, complement, gather_tokens, masked_mean, scatter_tokens
@@ -104,7 +105,7 @@ class Pass:
         return block(*inputs)
 
 
-def has_experts(config: ModelConfig, index: int, mixer: bool = False) -> bool:
+def has_experts(config: TransformerConfig, index: int, mixer: bool = False) -> bool:
     """Whether a block has experts: every n-th, but never the backbone's last nor the mixer's first."""
     allowed = index >= 1 if mixer else index < config.depth - 1
     return config.experts.count > 0 and (index + 1) % config.experts.every == 0 and allowed
@@ -113,7 +114,7 @@ def has_experts(config: ModelConfig, index: int, mixer: bool = False) -> bool:
 class CaptionEmbedder(nn.Module):
     """Caption width to model width (its own module for the released name ``y_embedder.y_proj``)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.y_proj = CaptionMLP(config.caption_dim, config.dim, config.norm_eps)
 
@@ -122,7 +123,7 @@ class CaptionEmbedder(nn.Module):
         return self.y_proj(y_BSD)
 
 
-class DiffusionTransformer(nn.Module):
+class DiffusionTransformer(BaseNetwork):
     """Base of the families; see :class:`shoestring.interfaces.Network` for the seam.
 
     Args:
@@ -133,8 +134,7 @@ class DiffusionTransformer(nn.Module):
         UserError: if the two do not fit together.
     """
 
-    pos_embed: Tensor | None
-    decoder_pos_embed: Tensor | None
+    config: TransformerConfig
 
     # What differs between families beside the blocks.
     time_features = 512
@@ -142,11 +142,8 @@ class DiffusionTransformer(nn.Module):
     output_gain = True
     """Whether the norm before the output has a gain."""
 
-    def __init__(self, config: ModelConfig, tokens: TokensConfig | None = None) -> None:
-        super().__init__()
-        self.config, self.tokens = config, tokens if tokens is not None else TokensConfig()
-        self.patch_size, self.in_channels = config.patch_size, config.in_channels
-        self.position_scale = 1.0
+    def __init__(self, config: TransformerConfig, tokens: TokensConfig | None = None) -> None:
+        super().__init__(config, tokens)
         dim, eps, activation = config.dim, config.norm_eps, self.activation
         self.x_embedder = PatchEmbedding(config.in_channels, dim, config.patch_size)
         self.t_embedder = TimeEmbedding(dim, self.time_features, activation)
@@ -181,8 +178,6 @@ class DiffusionTransformer(nn.Module):
         self.final_layer = ModulatedLinear(last_dim, dim, outputs, eps, self.output_gain, activation)
         self.routing = build_method(config, self.tokens)
         self.predicts_all = self.routing.predicts_all
-        self.register_buffer("pos_embed", None)
-        self.register_buffer("decoder_pos_embed", None)
         self._tables: dict[tuple[Any, ...], Tensor] = {}
 
     def block(

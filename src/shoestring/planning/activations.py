@@ -298,7 +298,7 @@ def network_parts(
     length = grid[0] * grid[1]
     kept = _Kept(network, b, caption, length)
     kept.parts.append(_condition(network, caption, length, b))
-    method, predicted = run_method(config.model, config.tokens, kept, length, mask_ratio)
+    method, predicted = run_method(network.config, config.tokens, kept, length, mask_ratio)
     for linear in method.modules():
         if isinstance(linear, nn.Linear):  # what a method fuses
             wide = length * linear.in_features * b.low

@@ -11,9 +11,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from shoestring.config import ModelConfig, TokensConfig
-from shoestring.models.files import FAMILIES
+from shoestring.config import ModelConfig, TokensConfig, TransformerConfig, UNetConfig
+from shoestring.interfaces import Conditioning
+from shoestring.models.files import FAMILIES, new_network
 from shoestring.models.layers import attention_width, mlp_width, swiglu_width
 from shoestring.models.routing import build_method
 from shoestring.models.token_method import Layers, TokenMethod
@@ -36,7 +38,7 @@ class Flops:
 class _Counter:
     """The layers of a network that count instead of computing; tokens are on the meta device."""
 
-    model: ModelConfig
+    model: TransformerConfig
     caption: int
     length: int
     dispatch: Dispatch
@@ -100,7 +102,7 @@ class _Counter:
 
 
 def run_method(
-    model: ModelConfig, tokens: TokensConfig | None, layers: Layers, length: int, mask_ratio: float
+    model: TransformerConfig, tokens: TokensConfig | None, layers: Layers, length: int, mask_ratio: float
 ) -> tuple[TokenMethod, int]:
     """Run a token method on layers that count instead of computing; its tokens are on the meta device.
 
@@ -133,7 +135,7 @@ def model_flops(
     tokens: TokensConfig | None = None,
     dispatch: Dispatch = "gather",
 ) -> Flops:
-    """FLOPs that one image needs, in closed form for every layer.
+    """FLOPs that one image needs, in closed form for every layer; of U-Nets counted by torch.
 
     Which layer sees how many patches is not written down a second time: the token method itself runs, on
     the meta device. The backward pass costs twice the forward, except for the layers that look at
@@ -150,6 +152,8 @@ def model_flops(
     Returns:
         Forward and training FLOPs.
     """
+    if isinstance(model, UNetConfig):
+        return _unet_flops(model, grid, caption_tokens)
     length = grid[0] * grid[1]
     d, patch_values = model.dim, model.in_channels * model.patch_size**2
     family = FAMILIES[model.kind]
@@ -169,3 +173,21 @@ def model_flops(
     macs += predicted * last_dim * patch_values + 2 * d * last_dim
     training = 3 * macs - counter.constant + 2 * inputs
     return Flops(forward=2.0 * (macs + inputs), training=2.0 * training)
+
+
+def _unet_flops(model: UNetConfig, grid: tuple[int, int], caption_tokens: int) -> Flops:
+    """Torch's own counter, on the meta device, where it sees attention too."""
+    side = model.patch_size
+    captions = caption_tokens if model.condition == "text" else 0
+    with torch.device("meta"):
+        network = new_network(model, TokensConfig(method="dense"))
+        x = torch.empty(1, model.in_channels, grid[0] * side, grid[1] * side)
+        condition = Conditioning.nothing(1, "meta")
+        if model.condition == "text":
+            condition = Conditioning(torch.empty(1, max(1, captions), model.caption_dim))
+        with FlopCounterMode(display=False) as counter:
+            output = network(x, torch.empty(1), condition).visible_BKG
+        forward = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            output.sum().backward()
+    return Flops(forward=float(forward), training=float(forward + counter.get_total_flops()))

@@ -175,7 +175,7 @@ def _image_bytes(config: RunConfig, grid: tuple[int, int], captions: int) -> int
     return FP32 * (3 * values + captions * model.caption_dim + grid[0] * grid[1])
 
 
-def muon_elements(network: DiffusionTransformer) -> tuple[int, int]:
+def muon_elements(network: nn.Module) -> tuple[int, int]:
     """How many weights Muon updates, and the most of one shape: the matrices inside the blocks.
 
     Args:
@@ -237,9 +237,15 @@ class _Step:
         network, low = meta_network(config), Bytes.of(config.precision, device_type)
         grid = patch_grid(config, stage, CODEC_DOWNSAMPLING[config.data.codec])
         captions = config.data.max_tokens if config.model.condition == "text" else 0
+        if isinstance(network, DiffusionTransformer):
+            parts = network_parts(config, network, grid, captions, min(mask_ratios(stage)), low)
+        else:
+            from shoestring.planning.activations_unet import unet_parts  # with diffusers, slow to import
+
+            parts = unet_parts(network, grid, captions, low)
         muon, largest = muon_elements(network) if config.optimizer.kind == "muon" else (0, 0)
         return _Step(
-            network_parts(config, network, grid, captions, min(mask_ratios(stage)), low),
+            parts,
             low,
             share,
             shards,

@@ -9,24 +9,32 @@ from functools import lru_cache
 
 import torch
 
-from shoestring.config import CODEC_DOWNSAMPLING, ModelConfig, RunConfig, StageConfig, TokensConfig
-from shoestring.models.files import FAMILIES
+from shoestring.config import (
+    CODEC_DOWNSAMPLING,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    TokensConfig,
+    TransformerConfig,
+)
+from shoestring.models.files import new_network
+from shoestring.models.network import BaseNetwork
 from shoestring.models.routing import method_class
-from shoestring.models.transformer import DiffusionTransformer, parameter_counts
+from shoestring.models.transformer import parameter_counts
 from shoestring.planning.flops import Dispatch, Flops, model_flops
 from shoestring.runtime import UserError
 from shoestring.tensors import visible_count
 
 
-def meta_network(config: RunConfig) -> DiffusionTransformer:
+def meta_network(config: RunConfig) -> BaseNetwork:
     """The network without its values, to look at shapes; not to be changed."""
     return _meta_network(config.model, config.tokens)
 
 
 @lru_cache(maxsize=16)
-def _meta_network(model: ModelConfig, tokens: TokensConfig) -> DiffusionTransformer:
+def _meta_network(model: ModelConfig, tokens: TokensConfig) -> BaseNetwork:
     with torch.device("meta"):
-        return FAMILIES[model.kind](model, tokens)
+        return new_network(model, tokens)
 
 
 def patch_grid(config: RunConfig, stage: StageConfig, downsampling: int) -> tuple[int, int]:
@@ -57,6 +65,8 @@ def patch_grid(config: RunConfig, stage: StageConfig, downsampling: int) -> tupl
             f"stage {stage.name!r}: mask_ratio is {largest}, but tokens.method={config.tokens.method} "
             "drops nothing; set it to 0, or choose another method"
         )
+    if not isinstance(model, TransformerConfig):
+        return side, side
     visible, experts = visible_count(side * side, largest), model.experts
     if experts.count and experts.capacity * visible < experts.count:
         raise UserError(
@@ -149,5 +159,5 @@ def _plan_stage(config: RunConfig, stage: StageConfig, grid: tuple[int, int], ca
         patches,
         mean([visible_count(patches, ratio) / patches for ratio in ratios]),
         count("gather"),
-        count("one-hot") if model.experts.count else None,
+        count("one-hot") if isinstance(model, TransformerConfig) and model.experts.count else None,
     )

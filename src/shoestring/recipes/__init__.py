@@ -13,7 +13,7 @@ from pathlib import Path
 from shoestring.config import RunConfig, StageConfig
 from shoestring.config.explain import nearest
 from shoestring.config.files import apply_overrides, load_yaml
-from shoestring.recipes import demo, maskdit, microdit
+from shoestring.recipes import demo, ldm, maskdit, microdit
 from shoestring.runtime import UserError
 
 __all__ = ["RECIPES", "describe", "get", "names", "published_gflop", "resolve"]
@@ -30,6 +30,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "maskdit-b2-text": maskdit.maskdit_b2_text,
     "maskdit-b2-unconditional": maskdit.maskdit_b2_unconditional,
     "dit-xl2-256": maskdit.dit_xl2_256,
+    **ldm.RECIPES,
 }
 
 

@@ -7,7 +7,6 @@ from shoestring.config import (
     ExpertsConfig,
     LoggingConfig,
     MixerConfig,
-    ModelConfig,
     NoiseConfig,
     OptimizerConfig,
     ProcessConfig,
@@ -15,17 +14,18 @@ from shoestring.config import (
     RunConfig,
     SamplingConfig,
     StageConfig,
+    TransformerConfig,
 )
 
 MINILM_WIDTH, HASHING_WIDTH = 384, 256
 
 
-def small(caption_dim: int = MINILM_WIDTH) -> ModelConfig:
+def small(caption_dim: int = MINILM_WIDTH) -> TransformerConfig:
     """A MicroDiT of 7.3 million parameters on pixels: patch 4, no experts, a mixer of one block.
 
     Wide and shallow, because on a CPU narrow layers spend their time outside the matrix products.
     """
-    return ModelConfig(
+    return TransformerConfig(
         in_channels=3,
         caption_dim=caption_dim,
         patch_size=4,
@@ -76,7 +76,7 @@ def _demo(
     nimg: int,
     every: int,
     guidance: float = 2.0,
-    model: ModelConfig | None = None,
+    model: TransformerConfig | None = None,
 ) -> RunConfig:
     """What the small runs share: Muon for the matrices, few sampling steps, frequent looks."""
     return RunConfig(

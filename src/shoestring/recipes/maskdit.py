@@ -10,7 +10,6 @@ from shoestring.config import (
     ExpertsConfig,
     LoggingConfig,
     MixerConfig,
-    ModelConfig,
     NoiseConfig,
     OptimizerConfig,
     ProcessConfig,
@@ -18,6 +17,7 @@ from shoestring.config import (
     SamplingConfig,
     StageConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.recipes.microdit import EIGHT_H100_USD
 
@@ -39,7 +39,7 @@ MASKDIT = TokensConfig(method="maskdit", reconstruction=0.1, reconstruction_targ
 DENSE = TokensConfig(method="dense")
 
 
-def maskdit(size: Size, patch_size: Literal[2, 4, 8] = 2, classes: int = 1000) -> ModelConfig:
+def maskdit(size: Size, patch_size: Literal[2, 4, 8] = 2, classes: int = 1000) -> TransformerConfig:
     """A released size: with patch 2 S has 68,116,880 parameters, B 175,581,968, L 509,783,056,
     XL 730,115,216 and H 1,009,543,440.
 
@@ -54,7 +54,7 @@ def maskdit(size: Size, patch_size: Literal[2, 4, 8] = 2, classes: int = 1000) -
     Source: arXiv 2306.09305; Anima-Lab/MaskDiT, ``models/maskdit.py``.
     """
     dim, depth, heads = SIZES[size]
-    return ModelConfig(
+    return TransformerConfig(
         kind="maskdit",
         condition="class",
         classes=classes,
@@ -73,7 +73,7 @@ def maskdit(size: Size, patch_size: Literal[2, 4, 8] = 2, classes: int = 1000) -
     )
 
 
-def dit(size: Size, patch_size: Literal[2, 4, 8] = 2, classes: int = 1000) -> ModelConfig:
+def dit(size: Size, patch_size: Literal[2, 4, 8] = 2, classes: int = 1000) -> TransformerConfig:
     """The same without decoder, which is DiT (without its learned variance): XL/2 has 674,815,120 parameters.
 
     Args:
@@ -116,7 +116,7 @@ def _tuned(stage: StageConfig) -> StageConfig:
 
 def _run(
     name: str,
-    model: ModelConfig,
+    model: TransformerConfig,
     tokens: TokensConfig,
     stages: tuple[StageConfig, ...],
     usd_per_hour: float,

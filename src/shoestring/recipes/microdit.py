@@ -7,7 +7,6 @@ from shoestring.config import (
     ExpertsConfig,
     LoggingConfig,
     MixerConfig,
-    ModelConfig,
     NoiseConfig,
     OptimizerConfig,
     ProcessConfig,
@@ -15,19 +14,20 @@ from shoestring.config import (
     RunConfig,
     SamplingConfig,
     StageConfig,
+    TransformerConfig,
 )
 
 BATCH = 2048
 """Images per optimiser step in every stage; the published counts are steps of this batch."""
 
 
-def tiny2() -> ModelConfig:
+def tiny2() -> TransformerConfig:
     """The released MicroDiT_Tiny_2: 200,692,752 parameters, 120,476,688 active per token.
 
     Source: SonyResearch/micro_diffusion, ``models/dit.py``. Its mixer has 37 % of the backbone's parameters,
     so it is not the model of the paper's ablations; see :func:`tiny2_paper`.
     """
-    return ModelConfig(
+    return TransformerConfig(
         dim=512,
         depth=16,
         head_dim=32,
@@ -39,7 +39,7 @@ def tiny2() -> ModelConfig:
     )
 
 
-def xl2() -> ModelConfig:
+def xl2() -> TransformerConfig:
     """The released MicroDiT_XL_2: 1,165,442,320 parameters, 712,457,488 active per token.
 
     Source: SonyResearch/micro_diffusion, ``models/dit.py``.
@@ -49,7 +49,7 @@ def xl2() -> ModelConfig:
     )
 
 
-def tiny2_paper() -> ModelConfig:
+def tiny2_paper() -> TransformerConfig:
     """Tiny/2 with the mixer of the paper's ablations: 4 blocks, under 10 % of the backbone's parameters.
 
     The paper gives the share and not the width. 224 is the widest mixer in whole heads that stays below
@@ -185,7 +185,7 @@ def _finetune_512() -> StageConfig:
 
 
 def _released(
-    name: str, model: ModelConfig, stages: tuple[StageConfig, ...], usd_per_hour: float
+    name: str, model: TransformerConfig, stages: tuple[StageConfig, ...], usd_per_hour: float
 ) -> RunConfig:
     """The optimiser, process and sampler that all released runs share."""
     return RunConfig(

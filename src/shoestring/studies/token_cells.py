@@ -20,6 +20,7 @@ from shoestring.studies.token_recipes import (
     METHOD_RECIPES,
     Preset,
     training_flops,
+    transformer,
     with_model,
     with_stages,
     with_tokens,
@@ -156,7 +157,7 @@ def ablation_cells() -> list[Cell]:
     for depth in (2, 6):
 
         def mixer(config: RunConfig, depth: int = depth) -> RunConfig:
-            return with_model(config, mixer=MixerConfig(depth=depth, dim=config.model.mixer.dim))
+            return with_model(config, mixer=MixerConfig(depth=depth, dim=transformer(config).mixer.dim))
 
         cells.append(Cell(f"deferred-0.75-mixer{depth}", "ablations", "deferred", 0.75, change=mixer))
     cells.append(

@@ -26,6 +26,7 @@ from shoestring.config import (
     SamplingConfig,
     StageConfig,
     TokensConfig,
+    TransformerConfig,
 )
 from shoestring.planning import model_flops
 
@@ -110,7 +111,7 @@ def base_recipe(preset: Preset, data_path: str | None, nimg: int) -> RunConfig:
     Returns:
         The recipe.
     """
-    model = ModelConfig(
+    model = TransformerConfig(
         in_channels=3,
         condition=preset.condition,
         classes=preset.classes,
@@ -162,7 +163,7 @@ def base_recipe(preset: Preset, data_path: str | None, nimg: int) -> RunConfig:
 def with_model(config: RunConfig, **changes: object) -> RunConfig:
     """Change settings of the network."""
     values = config.model.model_dump() | changes
-    return config.model_copy(update={"model": ModelConfig(**values)})
+    return config.model_copy(update={"model": TransformerConfig(**values)})
 
 
 def with_tokens(config: RunConfig, **changes: object) -> RunConfig:
@@ -181,10 +182,16 @@ def parameters(model: ModelConfig, tokens: TokensConfig) -> int:
     """Parameters of a network, built on the meta device."""
     import torch
 
-    from shoestring.models.files import FAMILIES
+    from shoestring.models.files import new_network
 
     with torch.device("meta"):
-        return sum(p.numel() for p in FAMILIES[model.kind](model, tokens).parameters())
+        return sum(p.numel() for p in new_network(model, tokens).parameters())
+
+
+def transformer(config: RunConfig) -> TransformerConfig:
+    """The network of a recipe of this study."""
+    assert isinstance(config.model, TransformerConfig)
+    return config.model
 
 
 def _dense(base: RunConfig, ratio: float) -> RunConfig:
@@ -196,7 +203,7 @@ def _deferred(base: RunConfig, ratio: float) -> RunConfig:
 
 
 def _without_mixer(base: RunConfig) -> RunConfig:
-    return with_model(base, mixer=MixerConfig(depth=0, dim=base.model.mixer.dim))
+    return with_model(base, mixer=MixerConfig(depth=0, dim=transformer(base).mixer.dim))
 
 
 def _spent(bare: RunConfig, base: RunConfig) -> RunConfig:
@@ -212,7 +219,7 @@ def _naive(base: RunConfig, ratio: float) -> RunConfig:
 
 
 def _maskdit(base: RunConfig, ratio: float) -> RunConfig:
-    decoder = DecoderConfig(depth=2, dim=base.model.dim // 2, head_dim=base.model.head_dim)
+    decoder = DecoderConfig(depth=2, dim=transformer(base).dim // 2, head_dim=transformer(base).head_dim)
     config = with_model(_without_mixer(base), decoder=decoder)
     return with_stages(with_tokens(config, method="maskdit", reconstruction=0.1), mask_ratio=ratio)
 
@@ -232,11 +239,11 @@ def _small_model(base: RunConfig, ratio: float) -> RunConfig:
     deferred = _deferred(base, ratio)
     target = training_flops(deferred, deferred.stages[0])
     side = base.stages[0].resolution // base.model.patch_size
-    return with_model(_without_mixer(base), **_smaller(base.model, side, target))
+    return with_model(_without_mixer(base), **_smaller(transformer(base), side, target))
 
 
 @lru_cache(maxsize=32)
-def _smaller(model: ModelConfig, side: int, target: float) -> dict[str, object]:
+def _smaller(model: TransformerConfig, side: int, target: float) -> dict[str, object]:
     best: tuple[float, dict[str, object]] | None = None
     for dim in range(model.head_dim, model.dim + 1, model.head_dim):
         for depth in range(1, model.depth + 1):
@@ -247,7 +254,7 @@ def _smaller(model: ModelConfig, side: int, target: float) -> dict[str, object]:
                     "ffn_multipliers": (quarter / 4,),
                     "mixer": MixerConfig(depth=0, dim=model.mixer.dim),
                 }
-                small = ModelConfig(**(model.model_dump() | change))
+                small = TransformerConfig(**(model.model_dump() | change))
                 flops = model_flops(small, (side, side), 0, 0.0, TokensConfig(method="dense")).training
                 # Within 2 %; then as near as possible to the proportions of the base: of width to depth, and
                 # of the feed-forward.

@@ -14,6 +14,7 @@ from shoestring.config import RunConfig
 from shoestring.diffusion.process import build_process
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import build_network
+from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import PRECISIONS, Workers, default_workers, pick_device, stream, write_text
 from shoestring.studies.token_rows import read_json
 from shoestring.training.compiling import compile_blocks
@@ -34,6 +35,7 @@ class TimedStep:
         device = pick_device(config.device)
         generator = stream(0, "timing")
         network = build_network(config, generator).to(device)
+        assert isinstance(network, DiffusionTransformer)
         grid = (config.stages[0].resolution // config.model.patch_size,) * 2
         if config.compile:
             images = part_sizes(config.stages[0].batch, config.stages[0].batch, workers.count)

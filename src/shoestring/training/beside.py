@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoestring.config import RunConfig
+from shoestring.config import RunConfig, TransformerConfig
 from shoestring.evaluation.validation import validation_loss
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.models.moe import expert_report, expert_statistics
@@ -84,7 +84,8 @@ def expert_load(learner: Learner, batch: TrainingBatch, here: Position) -> dict[
     Returns:
         See :func:`shoestring.models.moe.expert_report`; empty for models without experts.
     """
-    if not learner.model.config.experts.count:
+    model = learner.model.config
+    if not isinstance(model, TransformerConfig) or not model.experts.count:
         return {}
     part, stage = next(batch.split(LOAD_SAMPLES)), here.stage
     with expert_statistics(learner.model) as loads:

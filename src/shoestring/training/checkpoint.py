@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from shoestring.config import RunConfig
 from shoestring.models.files import ModelFacts, save_model
-from shoestring.models.transformer import DiffusionTransformer
+from shoestring.models.network import BaseNetwork
 from shoestring.runtime import UserError
 from shoestring.training.averages import CLASSIC, Averages
 from shoestring.training.folder import checkpoint_folders
@@ -68,7 +68,7 @@ class Counters:
 class Trained:
     """Everything of a run that is learned."""
 
-    network: DiffusionTransformer
+    network: BaseNetwork
     optimizers: Optimizers
     averages: Averages
 

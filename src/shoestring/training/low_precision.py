@@ -18,13 +18,15 @@ from shoestring.models.moe import ExpertChoice
 
 
 def kept_whole(network: nn.Module) -> set[str]:
-    """Names of the weights that autocast does not touch either: routers, and tables that are looked up."""
+    """Names of the weights that autocast does not touch either: routers, tables, norms of U-Nets."""
     names = set()
     for name, module in network.named_modules():
         if isinstance(module, ExpertChoice):
             names.add(f"{name}.gate.weight")
         elif isinstance(module, ClassEmbedding):
             names.add(f"{name}.embedding_table.weight")
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            names |= {f"{name}.weight", f"{name}.bias"}
     return names
 
 

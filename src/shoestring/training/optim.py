@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 from shoestring.config import OptimizerConfig
 from shoestring.models.layers import AdaLN, ClassEmbedding, CrossAttention, SelfAttention, TransformerBlock
 from shoestring.models.moe import ExpertChoice
-from shoestring.models.transformer import DiffusionTransformer
+from shoestring.models.network import BaseNetwork
 from shoestring.models.width import Widths
 from shoestring.runtime import UserError, Workers
 from shoestring.training.muon import Matrices, Muon
@@ -96,7 +96,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
     Source: Yang et al., arXiv 2203.03466, table 3 (AdamW); arXiv 2310.17813, spectral condition (Muon).
     """
     roles = parameter_roles(model)
-    widths = model.widths() if isinstance(model, DiffusionTransformer) else Widths({}, {})
+    widths = model.widths() if isinstance(model, BaseNetwork) else Widths({}, {})
     if config.expert_lr_scale != 1 and "expert" not in roles.values():
         raise UserError(
             f"optimizer.expert_lr_scale is {config.expert_lr_scale}, but the model has no experts; use 1"

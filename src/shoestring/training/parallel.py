@@ -26,7 +26,7 @@ from shoestring.config import ParallelConfig, RunConfig
 from shoestring.interfaces import Conditioning, Network, NetworkOutput
 from shoestring.models.layers import ClassEmbedding
 from shoestring.models.moe import ExpertChoice
-from shoestring.models.transformer import DiffusionTransformer
+from shoestring.models.network import BaseNetwork
 from shoestring.planning import Sharding
 from shoestring.runtime import SaidElsewhere, UserError, pick_device
 
@@ -119,7 +119,7 @@ class Parallel:
 
     # -- the network -------------------------------------------------------------------------------------
 
-    def spread(self, network: DiffusionTransformer, precision: torch.dtype) -> Network:
+    def spread(self, network: BaseNetwork, precision: torch.dtype) -> Network:
         """Copy the network to the ranks, or share it out among them; the first rank's weights count.
 
         Args:
@@ -147,14 +147,14 @@ class Parallel:
         self._shard(network, precision)
         return network
 
-    def alone(self, network: DiffusionTransformer) -> Network:
+    def alone(self, network: BaseNetwork) -> Network:
         """What evaluation calls, after :meth:`spread`: the network itself.
 
         Where its weights are shared out, all ranks must call it equally often.
         """
         return network if self._sharded is None else _Spread(network, network)
 
-    def _shard(self, network: DiffusionTransformer, precision: torch.dtype) -> None:
+    def _shard(self, network: BaseNetwork, precision: torch.dtype) -> None:
         self._mesh = mesh = self._device_mesh()
         low = precision if precision == torch.bfloat16 else None
         # Inputs stay as they are: noise levels and the router's are float32; autocast lowers the products.
@@ -167,9 +167,9 @@ class Parallel:
         def placement(parameter: nn.Parameter) -> Shard:
             return Shard(shard_dimension(tuple(parameter.shape), shards))
 
-        if isinstance(network.y_embedder, ClassEmbedding) and low is not None:
+        if isinstance(table := getattr(network, "y_embedder", None), ClassEmbedding) and low is not None:
             # A table is no factor of a product: its rows, and the sums of their gradients, stay in float32.
-            fully_shard(network.y_embedder, mesh=mesh, mp_policy=full, shard_placement_fn=placement)
+            fully_shard(table, mesh=mesh, mp_policy=full, shard_placement_fn=placement)
         for block in network.all_blocks():
             for module in block.modules():
                 if isinstance(module, ExpertChoice) and low is not None:  # the router stays in float32
@@ -296,7 +296,7 @@ class _Spread:
     Nothing is computed ahead: outside of a forward pass the weights may be in parts.
     """
 
-    def __init__(self, network: DiffusionTransformer, call: nn.Module) -> None:
+    def __init__(self, network: BaseNetwork, call: nn.Module) -> None:
         self.call = call
         self.patch_size, self.in_channels = network.patch_size, network.in_channels
         self.predicts_all = network.predicts_all

@@ -25,8 +25,8 @@ from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import build_network
+from shoestring.models.network import BaseNetwork
 from shoestring.models.routing import method_class
-from shoestring.models.transformer import DiffusionTransformer
 from shoestring.planning import measured_peak_flops, patch_grid
 from shoestring.runtime import PRECISIONS, Workers, stream
 from shoestring.training.averages import Averages
@@ -66,7 +66,7 @@ class _Steps:
         self, config: RunConfig, stage: StageConfig, device: torch.device, sigma_data: float
     ) -> None:
         self.config, self.stage, self.device = config, stage, device
-        self.network: DiffusionTransformer = build_network(config, stream(config.seed, "init")).to(device)
+        self.network: BaseNetwork = build_network(config, stream(config.seed, "init")).to(device)
         self.network.position_scale = stage.position_scale
         self.process = build_process(config.process, sigma_data)
         self.denoiser = self.process.denoiser(self.network, PRECISIONS[config.precision])

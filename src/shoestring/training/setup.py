@@ -14,6 +14,7 @@ from shoestring.config import RunConfig, StageConfig
 from shoestring.diffusion.process import build_process
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.models.files import build_network
+from shoestring.models.network import BaseNetwork
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.planning import fitting_micro_batch, measured_peak_flops
 from shoestring.runtime import PRECISIONS, UserError, Workers, default_workers, say, stream
@@ -64,7 +65,7 @@ class Setup:
             load()
         return loaded[0]
 
-    def network(self) -> DiffusionTransformer:
+    def network(self) -> BaseNetwork:
         """Make the network.
 
         Returns:
@@ -78,7 +79,7 @@ class Setup:
             initial_weights(self.config, network)
         return network
 
-    def learner(self, network: DiffusionTransformer, sigma_data: float) -> Learner:
+    def learner(self, network: BaseNetwork, sigma_data: float) -> Learner:
         """Network, optimisers and averages at the beginning; the network moves to its device."""
         config, parallel = self.config, self.parallel
         network.to(parallel.device)
@@ -108,11 +109,14 @@ class Setup:
         share = stage.batch // self.parallel.ranks
         images = part_sizes(share, micro_batch, learner.workers.count)
         shapes = [shape for grid in data.grids for shape in stage_shapes(config, stage, grid, images)]
-        if self.parallel.device.type == "cpu" and config.model.attention == "auto":
+        if not isinstance(network, DiffusionTransformer):
+            return
+        model = network.config
+        if self.parallel.device.type == "cpu" and model.attention == "auto":
             dtype = PRECISIONS[config.precision]
             choices = self.remembered(
                 f"attention_{stage.name}_{config.precision}",
-                lambda: choose_attention(config.model, config.tokens, shapes, dtype, learner.workers),
+                lambda: choose_attention(model, config.tokens, shapes, dtype, learner.workers),
             )
             network.use_attention(choices)
             say(self.console, attention_sentence(choices))

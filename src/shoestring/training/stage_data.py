@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from shoestring.config import RunConfig, StageConfig, StoreConfig
+from shoestring.config import RunConfig, StageConfig, StoreConfig, TransformerConfig
 from shoestring.data.loader import Batch, TrainingData, prepare
 from shoestring.data.sources import Splits, load
 from shoestring.interfaces import Conditioning, ImageCodec, TextEncoder
@@ -217,9 +217,11 @@ def check_settings(config: RunConfig, codec: ImageCodec, text_encoder: TextEncod
                 f"stages.{stage.name}.min_side is {stage.min_side}, but the pictures of data.source="
                 f"{data.source} have no originals of other sizes; set it to null"
             )
-    with torch.device("meta"):
-        method = build_method(model, config.tokens)
-    check_guidance(config.sampling, method.predicts_all)
+    predicts_all = False
+    if isinstance(model, TransformerConfig):
+        with torch.device("meta"):
+            predicts_all = build_method(model, config.tokens).predicts_all
+    check_guidance(config.sampling, predicts_all)
 
 
 def load_stage(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shoestring.config import ModelConfig, RunConfig
+from shoestring.config import ModelConfig, RunConfig, TransformerConfig, UNetConfig
 from shoestring.models.files import is_own, load_weights, read_header
+from shoestring.models.network import BaseNetwork
 from shoestring.models.released import load_released, read_tensors
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import UserError
@@ -18,7 +19,7 @@ CLOSE = 0.01
 """Measured deviations that differ by less are taken to be one."""
 
 
-def initial_weights(config: RunConfig, network: DiffusionTransformer) -> None:
+def initial_weights(config: RunConfig, network: BaseNetwork) -> None:
     """Put the weights that a run begins with into its network, where ``config.initial_weights`` names some.
 
     Of run and checkpoint folders the averaged weights are taken; averages and optimiser begin anew. Position
@@ -38,6 +39,11 @@ def initial_weights(config: RunConfig, network: DiffusionTransformer) -> None:
         header = read_header(path, None)
         _check_same_model(config.model, header.config.model, path)
         load_weights(network, header.tensors, str(path))
+    elif not isinstance(network, DiffusionTransformer):
+        raise UserError(
+            f"initial_weights: {path} is not a file of shoestring, and model.kind=unet has no other layout; "
+            "give a run folder, a checkpoint folder or a model file that shoestring wrote"
+        )
     else:
         load_released(network, read_tensors(path), str(path))
     network.pos_embed = network.decoder_pos_embed = None
@@ -45,12 +51,15 @@ def initial_weights(config: RunConfig, network: DiffusionTransformer) -> None:
 
 def _check_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> None:
     """What shapes do not show: the same tensors would be another function."""
-    pairs: dict[str, tuple[object, object]] = {
-        "kind": (ours.kind, theirs.kind),
-        "head_dim": (ours.head_dim, theirs.head_dim),
-        "decoder.head_dim": (ours.decoder.head_dim, theirs.decoder.head_dim),
-        "mup_base_dim": (ours.mup_base_dim, theirs.mup_base_dim),
-    }
+    pairs: dict[str, tuple[object, object]] = {"kind": (ours.kind, theirs.kind)}
+    if isinstance(ours, TransformerConfig) and isinstance(theirs, TransformerConfig):
+        pairs |= {
+            "head_dim": (ours.head_dim, theirs.head_dim),
+            "decoder.head_dim": (ours.decoder.head_dim, theirs.decoder.head_dim),
+            "mup_base_dim": (ours.mup_base_dim, theirs.mup_base_dim),
+        }
+    if isinstance(ours, UNetConfig) and isinstance(theirs, UNetConfig):
+        pairs |= {"heads": (ours.heads, theirs.heads), "patch_size": (ours.patch_size, theirs.patch_size)}
     for name, (here, there) in pairs.items():
         if here != there:
             raise UserError(

@@ -20,7 +20,7 @@ from shoestring.config import (
 from shoestring.diffusion.losses import denoising_loss
 from shoestring.diffusion.process import Process
 from shoestring.interfaces import Conditioning, Denoiser
-from shoestring.models.transformer import DiffusionTransformer
+from shoestring.models.network import BaseNetwork
 from shoestring.runtime import Workers, stream_seed
 from shoestring.tensors import visible_from_noise
 from shoestring.training.averages import Averages
@@ -139,7 +139,7 @@ def batch_loss(
 class Learner:
     """What a step changes: weights, optimisers, averages; and those it works with."""
 
-    model: DiffusionTransformer
+    model: BaseNetwork
     tokens: TokensConfig
     process: Process
     denoiser: Denoiser
@@ -157,7 +157,7 @@ class Learner:
 
     @staticmethod
     def build(
-        network: DiffusionTransformer,
+        network: BaseNetwork,
         tokens: TokensConfig,
         process: Process,
         optimizer: OptimizerConfig,

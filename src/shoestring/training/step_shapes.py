@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from shoestring.config import ModelConfig, RunConfig, StageConfig, TokensConfig
+from shoestring.config import RunConfig, StageConfig, TokensConfig, TransformerConfig
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import FAMILIES
 from shoestring.models.layers import CrossAttention, SelfAttention, TransformerBlock
@@ -100,7 +100,7 @@ def stage_shapes(
     ]
 
 
-def trace_shapes(model: ModelConfig, tokens: TokensConfig, shapes: Sequence[StepShape]) -> Traced:
+def trace_shapes(model: TransformerConfig, tokens: TokensConfig, shapes: Sequence[StepShape]) -> Traced:
     """Run a network without memory (on the meta device) and look at what its blocks and attentions see.
 
     Args:
@@ -163,7 +163,7 @@ def _watch(network: nn.Module, traced: Traced, images: Sequence[int], captions: 
     return handles
 
 
-def _condition(model: ModelConfig, captions: int) -> Conditioning:
+def _condition(model: TransformerConfig, captions: int) -> Conditioning:
     if model.condition == "class":
         return Conditioning(class_B=torch.zeros(1, dtype=torch.long))
     if model.condition == "none":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shoestring.config import ModelConfig, TokensConfig
+from shoestring.config import TokensConfig, TransformerConfig
 from shoestring.models.attention import AttentionKind, attend, attention_key, usual
 from shoestring.runtime import Workers
 from shoestring.training.step_shapes import AttentionShape, StepShape, trace_shapes
@@ -27,7 +27,7 @@ MARGIN = 1.25
 
 
 def choose_attention(
-    model: ModelConfig,
+    model: TransformerConfig,
     tokens: TokensConfig,
     shapes: Sequence[StepShape],
     dtype: torch.dtype,
