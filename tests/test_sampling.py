@@ -12,7 +12,8 @@ from shoestring.models.microdit import MicroDiT
 from shoestring.runtime import stream
 from shoestring.sampling.generate import class_number, class_prompts, initial_noise, sample_latents
 from shoestring.sampling.guidance import GuidedDenoiser
-from shoestring.sampling.solvers import SOLVERS, heun, network_calls
+from shoestring.sampling.samplers import SAMPLERS, solve
+from shoestring.sampling.solvers import heun
 
 MEAN, STD = 0.3, 0.8
 
@@ -41,6 +42,14 @@ def exact(x, level):
 
 
 NONE = Conditioning(torch.zeros(2, 1, 1))
+
+
+def run(name, denoiser, x, grid, noise=None):
+    """A sampler by its name; those that draw noise get none, or what is given."""
+    fresh = noise or (lambda step: torch.zeros_like(x))
+    return solve(denoiser, x, grid, NONE, SamplingConfig(sampler=name), fresh)
+
+
 CASES = [
     (EDMProcess(0.8), SamplingConfig(sigma_max=20, sigma_min=0.01)),
     (FlowProcess(1.0), SamplingConfig()),
@@ -55,18 +64,19 @@ def test_error_falls_with_the_order_of_the_solver(process, config, name, order):
     for steps in (40, 80):
         grid = process.grid(config, steps)
         x = grid[0][1] * noise
-        errors.append((SOLVERS[name](Gaussian(), x, grid, NONE) - exact(x, grid[0])).abs().max().item())
+        errors.append((run(name, Gaussian(), x, grid) - exact(x, grid[0])).abs().max().item())
     assert errors[1] < 0.1  # of a standard deviation of 0.8: the solution, not something like it
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.25)
 
 
 @pytest.mark.parametrize(("process", "config"), CASES)
-@pytest.mark.parametrize("solver", SOLVERS.values())
-def test_one_step_is_the_first_estimate(process, config, solver):
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_step_is_the_first_estimate(process, config, name):
     grid = process.grid(config, 1)
     x = grid[0][1] * torch.randn(2, 1, 4, 4)
     level = NoiseLevel(torch.full((2,), grid[0][0]), torch.full((2,), grid[0][1]))
-    assert torch.allclose(solver(Gaussian(), x, grid, NONE), Gaussian()(x, level, NONE).image(), atol=1e-5)
+    found = run(name, Gaussian(), x, grid)
+    assert torch.allclose(found, Gaussian()(x, level, NONE).image(), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +101,7 @@ def test_multistep_solvers_have_their_order(name, order, bar, case):
         end = grid[-1]
         start_spread, spread = (((a * STD) ** 2 + s**2) ** 0.5 for a, s in (grid[0], end))
         truth = end[0] * MEAN + spread * (x - grid[0][0] * MEAN) / start_spread
-        errors.append((SOLVERS[name](Gaussian(), x, grid, NONE) - truth).abs().max().item())
+        errors.append((run(name, Gaussian(), x, grid) - truth).abs().max().item())
     slope = math.log2(errors[0] / errors[1])
     assert bar <= slope <= order + 1.2, (slope, errors)
 
@@ -114,16 +124,16 @@ def test_the_second_order_multistep_solver_is_that_of_diffusers():
         skip = 0.25 / (sigma**2 + 0.25)
         out = sigma * 0.5 / (sigma**2 + 0.25).sqrt()
         y = theirs.step((x0 - skip * y) / out, time, y).prev_sample
-    ours = SOLVERS["dpmpp-2m"](denoiser, x, grid, NONE)
+    ours = run("dpmpp-2m", denoiser, x, grid)
     assert (ours - y).abs().max() <= 1e-4 * y.abs().max()
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 30])
 def test_network_calls_are_counted(name, steps):
     denoiser = Gaussian()
-    x = SOLVERS[name](denoiser, torch.randn(2, 1, 2, 2), FlowProcess(1.0).grid(SamplingConfig(), steps), NONE)
-    assert denoiser.calls == network_calls(name, steps)
+    x = run(name, denoiser, torch.randn(2, 1, 2, 2), FlowProcess(1.0).grid(SamplingConfig(), steps))
+    assert denoiser.calls == SAMPLERS[name].calls(steps)
     assert x.isfinite().all()
 
 

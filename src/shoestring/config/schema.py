@@ -208,6 +208,8 @@ class SamplingConfig(Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta is {self.eta:g}, but only sampler=ddim reads it; set it to 0")
         if self.sigmas is not None:
             self._fits_table(self.sigmas)
         if self.sigma_min >= self.sigma_max:

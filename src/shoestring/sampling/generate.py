@@ -23,7 +23,8 @@ from shoestring.interfaces import Conditioning, Denoiser, ImageCodec, TextEncode
 from shoestring.models.files import load_model
 from shoestring.runtime import PRECISIONS, UserError, Workers, atomic_write, default_workers, stream
 from shoestring.sampling.guidance import GuidedDenoiser, LeftOut
-from shoestring.sampling.solvers import SOLVERS, OnStep
+from shoestring.sampling.samplers import solve
+from shoestring.sampling.solvers import Noise, OnStep
 from shoestring.tensors import Float, UInt8
 
 PNG_KEY = "shoestring"
@@ -33,6 +34,21 @@ PNG_KEY = "shoestring"
 def initial_noise(seed: int, images: Sequence[int], shape: tuple[int, int, int]) -> Float[Tensor, "B C H W"]:
     """Standard normal noise; that of one picture depends on (seed, its number) and not on the batch."""
     return torch.stack([torch.randn(shape, generator=stream(seed, "sample", i)) for i in images])
+
+
+def fresh_noise(seed: int, images: Sequence[int], shape: tuple[int, int, int]) -> Noise:
+    """What samplers add on the way, by step; that of one picture depends on (seed, its number, step) only."""
+
+    def of_step(step: int) -> Float[Tensor, "B C H W"]:
+        purpose = f"fresh-{step}"
+        return torch.stack([torch.randn(shape, generator=stream(seed, purpose, i)) for i in images])
+
+    return of_step
+
+
+def no_fresh_noise(step: int) -> Tensor:
+    """For samplers that draw none."""
+    raise AssertionError(f"step {step} asks for noise, and none was given")
 
 
 @torch.no_grad()
@@ -47,6 +63,7 @@ def sample_latents(
     strength: float = 1.0,
     on_step: OnStep | None = None,
     left_out: LeftOut | None = None,
+    fresh: Noise = no_fresh_noise,
 ) -> Float[Tensor, "B C H W"]:
     """Draw latents.
 
@@ -61,6 +78,7 @@ def sample_latents(
         strength: with ``start``: share of the noise levels that are run; 1 forgets ``start``.
         on_step: called after each step with its number and the estimate of x0.
         left_out: decides which tokens are left out where ``sampling`` asks for it.
+        fresh: standard normal numbers of every step, for samplers that draw some.
 
     Returns:
         Clean latents.
@@ -72,7 +90,7 @@ def sample_latents(
         grid = grid[skipped:]
         x = grid[0][0] * start + grid[0][1] * noise
     guided = GuidedDenoiser(denoiser, sampling, negative, left_out)
-    return SOLVERS[sampling.sampler](guided, x, grid, guided.prepare(conditioning), on_step)
+    return solve(guided, x, grid, guided.prepare(conditioning), sampling, fresh, on_step)
 
 
 @dataclass(frozen=True)
@@ -160,7 +178,8 @@ class Pipeline:
         """
         prompts = list(prompts)
         side = self.resolution // self.codec.downsampling
-        noise = initial_noise(seed, images, (self.codec.channels, side, side)).to(self.device)
+        shape = (self.codec.channels, side, side)
+        noise = initial_noise(seed, images, shape).to(self.device)
         tokens, patches = self.config.tokens, (side // self.config.model.patch_size,) * 2
         token_noise = torch.stack(
             [torch.rand(patches[0] * patches[1], generator=stream(seed, "tokens", i)) for i in images]
@@ -176,6 +195,7 @@ class Pipeline:
 
         def run(piece: range) -> Tensor:
             rows = slice(piece.start, piece.stop)
+            fresh = fresh_noise(seed, images[rows], shape)
             return sample_latents(
                 self.denoiser,
                 self.process,
@@ -187,6 +207,7 @@ class Pipeline:
                 strength,
                 watch,
                 LeftOut(token_noise[rows], tokens.pattern, patches, tokens.block),
+                lambda step: fresh(step).to(self.device),
             )
 
         parts = list(batches(len(prompts), piece or math.ceil(len(prompts) / pieces)))

@@ -35,7 +35,7 @@ from shoestring.runtime import (
     write_text,
 )
 from shoestring.sampling.generate import Pipeline, load_pipeline, picture_grid, save_png
-from shoestring.sampling.solvers import network_calls
+from shoestring.sampling.samplers import SAMPLERS
 from shoestring.studies.evaluate import draw_shown
 from shoestring.studies.token_cells import Cell, configure
 from shoestring.studies.token_recipes import MEASURED, Preset, base_recipe, parameters, training_flops
@@ -283,7 +283,7 @@ class Study:
         """FLOPs of all pictures that are drawn for a cell's measurements."""
         many = self.preset.many_samples if self._has_many(cell) else self.preset.samples
         pictures = self.preset.samples * (len(MEASURED) - 1 + 2 * len(cell.guidance)) + many
-        calls = network_calls(config.sampling.sampler, config.sampling.steps)
+        calls = SAMPLERS[config.sampling.sampler].calls(config.sampling.steps)
         side = config.stages[0].resolution // config.model.patch_size
         one = model_flops(config.model, (side, side), config.data.max_tokens, 0.0, config.tokens)
         return pictures * calls * one.forward
