@@ -251,6 +251,62 @@ def study_tokens(
         raise typer.Exit(ExitCode.INTERRUPTED)
 
 
+@study_app.command("sampling")
+def study_sampling(
+    preset: Annotated[str, typer.Option(help="tiny (minutes, no data), shapes or cifar10")] = "tiny",
+    data: Annotated[str | None, typer.Option(help="cifar10: folder of the two Parquet files")] = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(help="a run, checkpoint or model file to measure instead of training; may be repeated"),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="a family or a network; may be repeated")] = None,
+    sampler: Annotated[list[str] | None, typer.Option(help="may be repeated [default: the preset's]")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="may be repeated [default: the preset's]")] = None,
+    guidance: Annotated[
+        list[float] | None, typer.Option(help="may be repeated [default: the preset's]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="pictures of a cell [default: the preset's]")] = None,
+    metric: Annotated[str, typer.Option(help="kid, fd, precision, recall, or accuracy (of shapes)")] = "kid",
+    full: Annotated[
+        bool, typer.Option("--full", help="measure every guidance instead of searching coarse to fine")
+    ] = False,
+    count_guidance: Annotated[
+        bool, typer.Option("--count-guidance", help="count guidance's second pass as cost")
+    ] = False,
+    any_data: Annotated[
+        bool, typer.Option("--any-data", help="allow networks that were trained on different data")
+    ] = False,
+    train_only: Annotated[bool, typer.Option("--train-only", help="train, and measure nothing yet")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="only draw the page anew")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder [default: runs/study-sampling-PRESET]")] = None,
+) -> None:
+    """Measure quality per sampling cost over sizes, samplers, steps and guidance.
+
+    Trains the preset's networks, or takes yours with --model. Interrupted, the same command goes on.
+    """
+    from shoestring.studies.sampling_command import SamplingJob, run_sampling
+
+    job = SamplingJob(
+        preset=preset,
+        data=data,
+        models=tuple(model or ()),
+        only=tuple(only or ()),
+        samplers=tuple(sampler or ()),
+        steps=tuple(steps or ()),
+        guidance=tuple(guidance or ()),
+        samples=samples,
+        metric=metric,
+        full=full,
+        count_guidance=count_guidance,
+        any_data=any_data,
+        train_only=train_only,
+        report_only=report_only,
+        out=out or Path("runs") / f"study-sampling-{preset}",
+    )
+    if not run_sampling(job, console):
+        raise typer.Exit(ExitCode.INTERRUPTED)
+
+
 @recipes_app.callback()
 def list_unless_asked(context: typer.Context) -> None:
     """List recipes; with show NAME, print one whole."""

@@ -111,6 +111,64 @@ def kernel_distance(
     return KernelDistance(mean=estimates.mean().item(), std=estimates.std(correction=0).item())
 
 
+@dataclass(frozen=True)
+class KernelEstimate:
+    """A kernel distance of whole sets."""
+
+    value: float
+    standard_error: float
+    """By the choice of the drawn pictures; the reference is the same for all it is compared with."""
+
+
+class KernelReference:
+    """A reference that many sets are compared with by the kernel of :func:`kernel_distance`.
+
+    Sets are taken whole, and the reference's mean kernel with itself is computed once.
+
+    Args:
+        features_MF: of the reference, a row a sample.
+
+    Raises:
+        ValueError: for fewer than two samples or values that are not finite.
+    """
+
+    def __init__(self, features_MF: ArrayLike | Tensor) -> None:
+        self.features_MF = finite_rows(features_MF, "features of the reference", 2)
+        self._own = _mean_of_others(self.features_MF).mean()
+
+    def compare(self, a_NF: ArrayLike | Tensor) -> KernelEstimate:
+        """The unbiased distance and its standard error.
+
+        Args:
+            a_NF: features of the other set.
+
+        Returns:
+            Both.
+
+        Raises:
+            ValueError: for fewer than three samples, another width, or values that are not finite.
+        """
+        x_NF = finite_rows(a_NF, "features of the set", 3)
+        _check_widths(x_NF, self.features_MF)
+        own_N = _mean_of_others(x_NF)
+        cross_N = torch.cat([_kernel(part, self.features_MF).mean(dim=1) for part in x_NF.split(BLOCK)])
+        value = own_N.mean() + self._own - 2 * cross_N.mean()
+        # Leading term of a U-statistic's variance: what each sample adds, twice (Hoeffding 1948).
+        added_N = 2 * (own_N - cross_N)
+        return KernelEstimate(value.item(), (added_N.std() / math.sqrt(len(x_NF))).item())
+
+
+def _kernel(u_NF: Tensor, v_MF: Tensor) -> Tensor:
+    return (u_NF @ v_MF.T / u_NF.shape[1] + 1) ** 3
+
+
+def _mean_of_others(x_NF: Tensor) -> Tensor:
+    """Mean kernel of each sample with all others."""
+    sums = [_kernel(part, x_NF).sum(dim=1) for part in x_NF.split(BLOCK)]
+    itself = (x_NF.square().sum(dim=1) / x_NF.shape[1] + 1) ** 3
+    return (torch.cat(sums) - itself) / (len(x_NF) - 1)
+
+
 def cmmd(a_NF: ArrayLike | Tensor, b_MF: ArrayLike | Tensor) -> float:
     """Maximum mean discrepancy of CLIP embeddings with a Gaussian kernel, times 1000, as released.
 
@@ -170,10 +228,6 @@ def _triangle(rows_NF: Tensor) -> Tensor:
 
 def _squared_mmd(x_NF: Tensor, y_NF: Tensor) -> Tensor:
     """Unbiased estimate from two sets of one size: the diagonals k(x, x) and k(y, y) are left out."""
-    n, f = x_NF.shape
-
-    def kernel(u_NF: Tensor, v_NF: Tensor) -> Tensor:
-        return (u_NF @ v_NF.T / f + 1) ** 3
-
-    within = sum(k.sum() - k.diagonal().sum() for k in (kernel(x_NF, x_NF), kernel(y_NF, y_NF)))
-    return within / (n * (n - 1)) - 2 * kernel(x_NF, y_NF).mean()
+    n = len(x_NF)
+    within = sum(k.sum() - k.diagonal().sum() for k in (_kernel(x_NF, x_NF), _kernel(y_NF, y_NF)))
+    return within / (n * (n - 1)) - 2 * _kernel(x_NF, y_NF).mean()

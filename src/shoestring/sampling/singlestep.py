@@ -52,10 +52,9 @@ def _update(x: Tensor, start: Level, middle: Level, end: Level, found: Sequence[
     kept = kept_share(start, end)
     gained = end[0] * (1 - kept)
     result = end[1] / start[1] * x + gained * found[0]
-    kept_middle = kept_share(start, middle)
-    if len(found) == 1 or kept == 0 or kept_middle == 0:  # steps of infinite length are of first order
+    if len(found) == 1 or kept == 0:  # steps of infinite length are of first order
         return result
-    h = -math.log(kept)
+    h, kept_middle = -math.log(kept), kept_share(start, middle)
     slope = (found[-1] - found[0]) * (h / -math.log(kept_middle))
     if len(found) == 2:
         return result + gained / 2 * slope

@@ -46,7 +46,12 @@ class Band:
 
 
 def line_chart(
-    lines: Sequence[Line], bands: Sequence[Band], x_label: str, y_label: str, from_zero: bool = False
+    lines: Sequence[Line],
+    bands: Sequence[Band],
+    x_label: str,
+    y_label: str,
+    from_zero: bool = False,
+    log_x: bool = False,
 ) -> str:
     """Draw lines over shaded bands.
 
@@ -58,6 +63,7 @@ def line_chart(
         x_label: what x is.
         y_label: what y is, with its unit.
         from_zero: start a linear y axis at zero.
+        log_x: a logarithmic x axis, on which all x are above zero.
 
     Returns:
         SVG markup with its legend; empty if there is no point to draw.
@@ -73,9 +79,15 @@ def line_chart(
         return ""
     logarithmic = not from_zero and min(ys) > 0 and max(ys) > 8 * min(ys)
     y_ticks = _log_ticks(min(ys), max(ys)) if logarithmic else _ticks(0 if from_zero else min(ys), max(ys))
-    x_ticks = [x for x in _ticks(min(xs), max(xs)) if min(xs) <= x <= max(xs)]
+    x_ticks = _log_ticks(min(xs), max(xs)) if log_x else _ticks(min(xs), max(xs))
+    x_ticks = [x for x in x_ticks if min(xs) <= x <= max(xs)]
+    warp_x: Callable[[float], float] = math.log if log_x else float
     warp: Callable[[float], float] = math.log if logarithmic else float
-    px = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    across = _scale(warp_x(min(xs)), warp_x(max(xs)), LEFT, WIDTH - RIGHT)
+
+    def px(x: float) -> float:
+        return across(warp_x(x))
+
     py = _scale(warp(y_ticks[0]), warp(y_ticks[-1]), HEIGHT - BOTTOM, TOP)
 
     parts = [_band(band, px) for band in bands]
@@ -86,6 +98,7 @@ def line_chart(
     for x in x_ticks:
         parts.append(f'<text class="tick mid" x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 17}">{_number(x)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
+    x_label += ", logarithmic" if log_x else ""
     parts.append(f'<text class="axis mid" x="{middle}" y="{HEIGHT - 5}">{escape(x_label)}</text>')
     for line in lines:
         points = [(px(x), py(warp(y))) for x, y in line.points]

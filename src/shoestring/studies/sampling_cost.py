@@ -1,0 +1,437 @@
+"""The sampling-cost study: ``shoestring study sampling``. Trains networks, or takes some, and measures them.
+
+Every cell (network, sampler, steps, guidance) draws the same pictures from the same noise and is a row that
+is written at once; interrupted, the same command goes on, and no cell is computed twice. Several processes
+share the networks: each takes the next one that is free.
+
+Source: Bigger is not Always Better, arXiv 2404.01367.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from shoestring.config import CODEC_DOWNSAMPLING, RunConfig, SamplingConfig
+from shoestring.evaluation.distances import KernelReference, frechet_distance
+from shoestring.evaluation.extractor import kept_outputs
+from shoestring.evaluation.features import EfficientNetLite0Features
+from shoestring.evaluation.manifold import overlap
+from shoestring.evaluation.shapeeval import ShapePrompt, make_shape_prompts, shows
+from shoestring.planning import model_flops, plan
+from shoestring.runtime import UserError, pick_device, say, write_text
+from shoestring.sampling.generate import (
+    Pipeline,
+    batches,
+    class_prompts,
+    find_model,
+    load_pipeline,
+    picture_grid,
+    save_png,
+)
+from shoestring.sampling.samplers import SAMPLERS, lowered_order
+from shoestring.studies.sampling_recipes import MEASURED, Preset, Training, recipe, trainings
+from shoestring.studies.sampling_rows import METRICS, Row, append_row, read_rows
+from shoestring.studies.sampling_search import coarse_to_fine
+from shoestring.studies.token_recipes import parameters
+from shoestring.studies.token_rows import read_json
+from shoestring.training.display import LiveLine, duration
+from shoestring.training.folder import Busy, checkpoint_folders, locked
+from shoestring.training.loop import train
+from shoestring.training.stage_data import real_pictures
+
+SAMPLE_SEED = 1
+DRAW_BATCH, PIECE = 100, 50
+SHOWN = 20
+REFERENCE = 5_000
+"""Held-out pictures that drawn ones are compared with, at most."""
+CURVE_SAMPLING = SamplingConfig(sampler="dpmpp-2m", steps=20, guidance=1.5)
+"""With which checkpoints on the way are measured: quality against training compute."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network of the study."""
+
+    name: str
+    family: str
+    seed: int
+    folder: Path
+    """A run folder, a checkpoint folder or a model file."""
+    training: Training | None = None
+    """How the study trains it; ``None`` = it was given."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of every network."""
+
+    samplers: tuple[str, ...]
+    steps: tuple[int, ...]
+    guidance: tuple[float, ...]
+    samples: int
+    metric: str
+    """By which the best guidance is found."""
+    full: bool
+    """All scales of guidance, instead of coarse to fine."""
+
+
+class Study:
+    """A study in its folder.
+
+    Args:
+        preset: of the trainings.
+        plan: what is measured.
+        folder: holds everything.
+        data_path: pictures, for presets that need them.
+        models: given networks; empty = those of the preset are trained.
+        any_data: allow given networks that were trained on different data.
+        console: where a person reads.
+
+    Raises:
+        UserError: if given networks do not exist or do not belong together.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        plan: Plan,
+        folder: Path,
+        data_path: str | None,
+        models: Sequence[Path],
+        any_data: bool,
+        console: Console,
+    ) -> None:
+        self.preset, self.plan, self.folder, self.data_path = preset, plan, folder, data_path
+        self.console = console
+        self._references: dict[tuple[object, ...], tuple[Tensor, KernelReference]] = {}
+        self.models = [
+            Model(t.size.name, t.size.family, t.seed, folder / "models" / t.key, t) for t in trainings(preset)
+        ]
+        if models:
+            self.models = given_models(models, any_data)
+
+    @property
+    def results(self) -> Path:
+        """All rows."""
+        return self.folder / "results.parquet"
+
+    def rows(self) -> list[Row]:
+        """What is there."""
+        return read_rows(self.results)
+
+    def check_same(self) -> None:
+        """Refuse to go on with other trainings, data or noise.
+
+        Raises:
+            UserError: naming what changed.
+        """
+        settings = {
+            **asdict(self.preset),
+            "models": [str(model.folder.resolve()) for model in self.models if model.training is None],
+        }
+        for measured in ("samplers", "steps", "guidance", "samples", "sizes", "seeds"):  # may grow
+            settings.pop(measured)
+        path = self.folder / "study.json"
+        before = read_json(path)
+        if not before:
+            write_text(path, json.dumps(settings, indent=1) + "\n")
+            return
+        for key in sorted(before.keys() | settings.keys()):
+            if before.get(key) != json.loads(json.dumps(settings.get(key))):
+                raise UserError(
+                    f"{self.folder} holds a study with {key}={before.get(key)!r}, this one has "
+                    f"{settings.get(key)!r}; choose another folder with --out, or delete that one"
+                )
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def run(self, train_only: bool = False) -> bool:
+        """Train and measure all networks; those another process works on are left to it.
+
+        Args:
+            train_only: measure nothing.
+
+        Returns:
+            False after an interruption.
+        """
+        for i, model in enumerate(self.models):
+            say(self.console, f"[{i + 1}/{len(self.models)}] {model.name}, seed {model.seed}")
+            try:
+                with locked(self.folder / "locks" / f"{model.name}-s{model.seed}"):
+                    if model.training is not None and not self._train(model):
+                        return False
+                    if not train_only and not self._measure(model):
+                        return False
+            except Busy:
+                say(self.console, f"{model.name}, seed {model.seed}: another process works on it")
+        return True
+
+    def config(self, training: Training) -> RunConfig:
+        """The recipe of a training."""
+        return recipe(self.preset, training, self.data_path, self.preset.nimg)
+
+    def _train(self, model: Model) -> bool:
+        assert model.training is not None
+        config = self.config(model.training)
+        done = [int(folder.name) for folder in checkpoint_folders(model.folder)]
+        if done and max(done) >= config.nimg:
+            return True
+        return train(config, model.folder, self.console)
+
+    def _measure(self, model: Model) -> bool:
+        have = {row.cell: row for row in self.rows()}
+        try:
+            for checkpoint, sampling in self._on_the_way(model):
+                self._cell(model, checkpoint, sampling, have)
+            checkpoint = find_model(model.folder)
+            for sampler in self.plan.samplers:
+                for steps in self.plan.steps:
+                    self._search(model, checkpoint, sampler, steps, have)
+        except KeyboardInterrupt:
+            say(self.console, "Interrupted; the same command goes on.")
+            return False
+        finally:
+            self._close()
+        return True
+
+    def _on_the_way(self, model: Model) -> Iterator[tuple[Path, SamplingConfig]]:
+        """Checkpoints of a training, for quality against training compute."""
+        if model.training is None:
+            return
+        nimg = self.config(model.training).nimg
+        wanted = {round(nimg * share) for share in MEASURED}
+        for folder in checkpoint_folders(model.folder):
+            if int(folder.name) in wanted:
+                yield find_model(folder), CURVE_SAMPLING
+
+    def _search(
+        self, model: Model, checkpoint: Path, sampler: str, steps: int, have: dict[tuple[object, ...], Row]
+    ) -> None:
+        sign = -1 if METRICS[self.plan.metric] else 1
+
+        def value(guidance: float) -> float:
+            sampling = SamplingConfig(sampler=sampler, steps=steps, guidance=guidance)
+            return sign * float(getattr(self._cell(model, checkpoint, sampling, have), self.plan.metric))
+
+        said = lowered_order(SamplingConfig(sampler=sampler, steps=steps))
+        if said is not None:
+            say(self.console, said)
+        scales = self.plan.guidance
+        if self._pipeline(checkpoint).config.model.condition == "none":
+            if scales != (1.0,):
+                say(
+                    self.console,
+                    f"{model.name} is unconditional: guidance has nothing to leave out, 1 is used",
+                )
+            scales = (1.0,)
+        if self.plan.full:
+            for scale in scales:
+                value(scale)
+        else:
+            coarse_to_fine(scales, value)
+
+    # -- a cell --------------------------------------------------------------------------------------------
+
+    def _cell(
+        self, model: Model, checkpoint: Path, sampling: SamplingConfig, have: dict[tuple[object, ...], Row]
+    ) -> Row:
+        """The row of a cell, measured unless it is there."""
+        pipeline = self._pipeline(checkpoint)
+        blank = self._described(model, pipeline, sampling)
+        if blank.cell in have:
+            return have[blank.cell]
+        started = time.perf_counter()
+        pictures = self._draw(pipeline, sampling)
+        seconds = time.perf_counter() - started
+        figures = self._figures(pipeline, pictures)
+        row = Row(**{**asdict(blank), **figures, "seconds": seconds})
+        append_row(self.results, row)
+        have[row.cell] = row
+        self._keep_grid(row, pictures)
+        shown = f", accuracy {row.accuracy:.3f}" if math.isfinite(row.accuracy) else ""
+        say(
+            self.console,
+            f"{row.model} s{row.seed} at {row.nimg:,} images, {row.sampler} {row.steps}, guidance "
+            f"{row.guidance:g}: KID {row.kid:.4f} +- {row.kid_error:.4f}, FD {row.fd:.1f}{shown}, "
+            f"{duration(seconds)}",
+        )
+        return row
+
+    def _described(self, model: Model, pipeline: Pipeline, sampling: SamplingConfig) -> Row:
+        config = pipeline.config
+        side = pipeline.resolution // CODEC_DOWNSAMPLING[config.data.codec] // config.model.patch_size
+        captions = config.data.max_tokens if config.model.condition == "text" else 0
+        flops = model_flops(config.model, (side, side), captions, 0.0, config.tokens)
+        return Row(
+            model=model.name,
+            family=model.family,
+            seed=model.seed,
+            parameters=parameters(config.model, config.tokens),
+            nimg=pipeline.nimg,
+            training_gflops=trained_flops(config, pipeline.nimg) / 1e9,
+            gflops=flops.forward / 1e9,
+            sampler=sampling.sampler,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            evaluations=SAMPLERS[sampling.sampler].calls(sampling.steps),
+            samples=self.plan.samples,
+            kid=math.nan,
+            kid_error=math.nan,
+            fd=math.nan,
+            precision=math.nan,
+            recall=math.nan,
+        )
+
+    def _draw(self, pipeline: Pipeline, sampling: SamplingConfig) -> Tensor:
+        wanted = self._prompts(pipeline)
+        found = []
+        with LiveLine(self.console) as line:
+            started = time.perf_counter()
+            for part in batches(len(wanted), DRAW_BATCH):
+                found.append(
+                    pipeline.draw([wanted[i] for i in part], SAMPLE_SEED, part, sampling, piece=PIECE)
+                )
+                done = part.stop
+                left = (time.perf_counter() - started) / done * (len(wanted) - done)
+                line.show(f"{done:,}/{len(wanted):,} pictures  {duration(left)} left")
+        return torch.cat(found)
+
+    def _prompts(self, pipeline: Pipeline) -> list[str]:
+        """The same for every cell: all classes in turn, or captions of the data."""
+        config, count = pipeline.config, self.plan.samples
+        if config.model.condition == "class":
+            names = class_prompts(config.model.classes, pipeline.classes)
+        elif config.model.condition == "none":
+            names = [""]
+        elif config.data.source == "shapes":
+            names = [prompt.text for prompt in self._shapes(pipeline)]
+        else:
+            names = list(dict.fromkeys(self._real(pipeline)[1]))
+        return [names[i % len(names)] for i in range(count)]
+
+    def _shapes(self, pipeline: Pipeline) -> tuple[ShapePrompt, ...]:
+        each = math.ceil(self.plan.samples / 6)
+        return make_shape_prompts(each, pipeline.config.data.held_out)
+
+    def _figures(self, pipeline: Pipeline, pictures: Tensor) -> Mapping[str, float]:
+        features, kernel = self._reference(pipeline)
+        made = self.extractor(pictures)
+        estimate, shared = kernel.compare(made), overlap(features, made)
+        found = {
+            "kid": estimate.value,
+            "kid_error": estimate.standard_error,
+            "fd": frechet_distance(made, features),
+            "precision": shared.precision,
+            "recall": shared.recall,
+        }
+        if pipeline.config.data.source == "shapes" and pipeline.config.model.condition == "text":
+            asked = self._shapes(pipeline)
+            right = [shows(picture, asked[i % len(asked)]) for i, picture in enumerate(pictures)]
+            found["accuracy"] = sum(right) / len(right)
+        return found
+
+    def _keep_grid(self, row: Row, pictures: Tensor) -> None:
+        """The first pictures, to be looked at beside those of other networks at equal cost."""
+        name = f"{row.model}-s{row.seed}-{row.nimg}-{row.sampler}-{row.steps}-{row.guidance:g}.png"
+        grid = picture_grid(pictures[:SHOWN], 10, 2)
+        save_png(self.folder / "grids" / name, grid, asdict(row))
+
+    # -- what is kept open ---------------------------------------------------------------------------------
+
+    @cached_property
+    def extractor(self) -> EfficientNetLite0Features:
+        """Features of pictures."""
+        return EfficientNetLite0Features()
+
+    _open: tuple[Path, Pipeline] | None = None
+
+    def _pipeline(self, checkpoint: Path) -> Pipeline:
+        if self._open is None or self._open[0] != checkpoint:
+            self._close()
+            self._open = checkpoint, load_pipeline(checkpoint, pick_device("auto"))
+        return self._open[1]
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open[1].workers.close()
+            self._open = None
+
+    def _real(self, pipeline: Pipeline) -> tuple[Tensor, Sequence[str]]:
+        """Held-out pictures and their captions, at the side of the network's pictures."""
+        config, side = pipeline.config, pipeline.resolution
+        stage = next((s for s in reversed(config.stages) if s.resolution == side), config.stages[-1])
+        splits = real_pictures(config, stage, pipeline.codec, self.folder)
+        real = splits.held_out if len(splits.held_out) >= 3 else splits.train
+        return real.images[:REFERENCE], real.captions
+
+    def _reference(self, pipeline: Pipeline) -> tuple[Tensor, KernelReference]:
+        key = (*data_of(pipeline.config), pipeline.resolution)
+        if key not in self._references:
+            with self.console.status("Looking at the real pictures"):
+                images, _ = self._real(pipeline)
+                (features,) = kept_outputs(self.extractor, images, self.folder / "features", "real")[:1]
+                self._references[key] = features, KernelReference(features)
+        return self._references[key]
+
+
+def trained_flops(config: RunConfig, nimg: int) -> float:
+    """Training FLOPs of a run's first images; where a stage's mask ratio moves, at its mean."""
+    total, left = 0.0, nimg
+    for stage in plan(config).stages:
+        seen = min(left, stage.nimg)
+        total, left = total + seen * stage.flops.training, left - seen
+    return total
+
+
+def data_of(config: RunConfig) -> tuple[object, ...]:
+    """What the data of a run are."""
+    data = config.data
+    stores = tuple(store.path for store in data.stores)
+    return data.source, data.path, stores, data.codec, data.split, data.held_out
+
+
+def given_models(paths: Sequence[Path], any_data: bool) -> list[Model]:
+    """Networks from checkpoints.
+
+    Args:
+        paths: run folders, checkpoint folders or model files.
+        any_data: allow different data.
+
+    Returns:
+        One a path, named by its run.
+
+    Raises:
+        UserError: if one does not exist, two have one name, or they were trained on different data.
+    """
+    from shoestring.models.files import read_header
+
+    found: list[Model] = []
+    first: tuple[Path, tuple[object, ...]] | None = None
+    for path in paths:
+        header = read_header(find_model(path))
+        config, side = header.config, header.facts.resolution
+        here = (*data_of(config), side)
+        if first is not None and here != first[1] and not any_data:
+            changed = next((a, b) for a, b in zip(first[1], here, strict=True) if a != b)
+            raise UserError(
+                f"{path} was trained on other data than {first[0]} ({changed[1]}, not {changed[0]}): their "
+                "figures cannot be compared; leave one out, or give --any-data"
+            )
+        first = first or (path, here)
+        if any(model.name == config.name and model.seed == config.seed for model in found):
+            raise UserError(
+                f"{path}: another network of the study has the name {config.name} and seed {config.seed} "
+                "too; their rows could not be told apart"
+            )
+        found.append(Model(config.name, config.model.kind, config.seed, path))
+    return found

@@ -1,0 +1,289 @@
+"""The page of a sampling-cost study: the paper's figures, drawn from the rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from shoestring.runtime import write_text
+from shoestring.studies.charts import COLORS, Line, line_chart
+from shoestring.studies.page import embedded, html_table, short, table_row, whole
+from shoestring.studies.report_template import PAGE
+from shoestring.studies.sampling_analysis import (
+    Scale,
+    at_the_end,
+    best_guidance,
+    best_within,
+    better,
+    budgets,
+    front,
+    spread_of_seeds,
+)
+from shoestring.studies.sampling_rows import METRICS, Row
+
+NAMES = {"kid": "KID", "fd": "FD", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
+HEAT = "37, 99, 168"
+SHOWN_BUDGETS = 3
+
+
+def write_report(folder: Path, rows: Sequence[Row], metric: str, count_guidance: bool, about: str) -> Path:
+    """Write ``report.html`` and ``table.md`` into the study's folder.
+
+    Args:
+        folder: of the study; grids are taken from ``grids/``.
+        rows: of the results file, at least one.
+        metric: by which guidance is chosen and networks are compared.
+        count_guidance: whether guidance's second pass counts as cost.
+        about: what was run, a sentence.
+
+    Returns:
+        Path of the page.
+    """
+    scale = Scale.of(rows, count_guidance)
+    first = [row for row in rows if row.seed == 0] or list(rows)
+    final = at_the_end(first)
+    counted = "counted" if count_guidance else "not counted"
+    largest = max(rows, key=lambda row: row.gflops)
+    parts = [
+        f'<p class="lead">{escape(about)}</p>',
+        f"<p>Sampling cost = normalised cost of a network evaluation x evaluations; one evaluation of "
+        f"{escape(largest.model)} ({largest.gflops:.3g} GFLOP) costs 1. Guidance's second pass is {counted}. "
+        f"The best guidance is chosen by {NAMES[metric]} on the same pictures it is judged by. Charts show "
+        "the first seed.</p>",
+        sizes_table(rows, scale, metric),
+    ]
+    for family in dict.fromkeys(row.family for row in final):
+        mine = [row for row in final if row.family == family]
+        parts.append(f"<h2>{escape(family)}</h2>")
+        parts += _training_curves([row for row in first if row.family == family], metric)
+        parts += _cost_curves(mine, scale, metric)
+        parts += _guidance_maps(mine, metric)
+        parts.append(winners_table(mine, scale, metric))
+    parts += _samplers(final, scale, metric)
+    parts += _families(final, scale, metric)
+    parts += _pictures(folder, final, scale, metric)
+    write_text(folder / "table.md", markdown(final, scale, metric))
+    page = folder / "report.html"
+    body = "\n".join(part for part in parts if part)
+    write_text(page, PAGE.substitute(title="Quality per sampling cost", body=body, credit=""))
+    return page
+
+
+def _settings(row: Row) -> str:
+    return f"{row.sampler}, {row.steps} steps, guidance {row.guidance:g}"
+
+
+def sizes_table(rows: Sequence[Row], scale: Scale, metric: str) -> str:
+    """A row a network: its size, its costs, and the best that it was seen to do."""
+    spread, body = spread_of_seeds(rows, metric), []
+    final = at_the_end(rows)
+    for name in dict.fromkeys(row.model for row in sorted(final, key=lambda r: (r.family, r.gflops))):
+        mine = [row for row in final if row.model == name]
+        best = min((row for row in mine if row.seed == 0), key=better(metric), default=mine[0])
+        error = f" +- {best.kid_error:.2g}" if metric == "kid" else ""
+        cells = [
+            name,
+            whole(best.parameters),
+            f"{best.gflops:.3g}",
+            f"{scale.evaluation(best):.3g}",
+            f"{best.training_gflops:,.0f}",
+            f"{getattr(best, metric):.4g}{error}",
+            _settings(best),
+            f"{spread[name]:.2g}" if name in spread else "one seed",
+        ]
+        body.append(table_row(list(map(escape, cells))))
+    head = ["network", "parameters", "GFLOP an evaluation", "cost of one", "GFLOP of training"]
+    head += [f"best {NAMES[metric]}", "at", "largest difference between seeds"]
+    return html_table("Networks", head, body)
+
+
+def _training_curves(rows: Sequence[Row], metric: str) -> list[str]:
+    """Quality against training compute, from checkpoints that were all sampled alike."""
+    kinds: dict[tuple[object, ...], set[int]] = {}
+    for row in rows:
+        kinds.setdefault((row.sampler, row.steps, row.guidance), set()).add(row.nimg)
+    setting = max(kinds, key=lambda kind: len(kinds[kind]))
+    if len(kinds[setting]) < 2:
+        return []
+    alike = [row for row in rows if (row.sampler, row.steps, row.guidance) == setting]
+    lines = [
+        Line(name, [(r.training_gflops, float(getattr(r, metric))) for r in mine], color, dots=True)
+        for (name, mine), color in zip(_by_model(alike).items(), COLORS, strict=False)
+    ]
+    chart = line_chart(lines, (), "GFLOP of training", NAMES[metric], log_x=True)
+    sampler, steps, guidance = setting
+    return [
+        '<div class="charts"><div class="card"><h3>Quality against training compute</h3>'
+        f'<p class="note">{sampler}, {steps} steps, guidance {guidance}</p>{chart}</div></div>'
+    ]
+
+
+def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.gflops, row.nimg, row.steps)):
+        found.setdefault(row.model, []).append(row)
+    return found
+
+
+def _cost_curves(rows: Sequence[Row], scale: Scale, metric: str) -> list[str]:
+    """Quality against sampling cost, a chart a sampler, a line a network."""
+    charts = []
+    for sampler in dict.fromkeys(row.sampler for row in rows):
+        best = best_guidance([row for row in rows if row.sampler == sampler], metric)
+        if len(best) < 2:
+            continue
+        lines = [
+            Line(name, [(scale.sampling(r), float(getattr(r, metric))) for r in mine], color, dots=True)
+            for (name, mine), color in zip(_by_model(best).items(), COLORS, strict=False)
+        ]
+        chart = line_chart(lines, (), "sampling cost", NAMES[metric], log_x=True)
+        charts.append(
+            f'<div class="card"><h3>Quality against sampling cost: {escape(sampler)}</h3>{chart}</div>'
+        )
+    return [f'<div class="charts">{"".join(charts)}</div>'] if charts else []
+
+
+def _guidance_maps(rows: Sequence[Row], metric: str) -> list[str]:
+    """Best guidance by network and steps, a table a sampler; the stronger, the darker."""
+    tables = []
+    for sampler in dict.fromkeys(row.sampler for row in rows):
+        best = best_guidance([row for row in rows if row.sampler == sampler], metric)
+        steps = sorted({row.steps for row in best})
+        found = {(row.model, row.steps): row.guidance for row in best}
+        high = max(found.values())
+        body = []
+        for name in _by_model(best):
+            cells = [f"<th>{escape(name)}</th>"]
+            for count in steps:
+                value = found.get((name, count))
+                style = "" if value is None else f"background: rgba({HEAT}, {0.05 + 0.5 * value / high:.2f})"
+                cells.append(f'<td style="{style}">{"" if value is None else f"{value:g}"}</td>')
+            body.append(f"<tr>{''.join(cells)}</tr>")
+        head = ["network", *(f"{count} steps" for count in steps)]
+        tables.append(html_table(f"Best guidance, {escape(sampler)}", head, body))
+    return tables
+
+
+def winners(rows: Sequence[Row], scale: Scale, metric: str) -> list[tuple[float, Row, Row | None]]:
+    """At each cost the best row of any network, and that of the largest network that can be afforded."""
+    best = best_guidance(rows, metric)
+    found = []
+    for cost in budgets(best, scale):
+        winner = best_within(best, scale, metric, cost)
+        assert winner is not None
+        affordable = [row for row in best if scale.sampling(row) <= cost * (1 + 1e-9)]
+        largest = max(row.gflops for row in affordable)
+        rival = best_within([row for row in affordable if row.gflops == largest], scale, metric, cost)
+        found.append((cost, winner, rival))
+    return found
+
+
+def winners_table(rows: Sequence[Row], scale: Scale, metric: str) -> str:
+    """Who is best at which sampling cost, over all samplers."""
+    body = []
+    for cost, winner, rival in winners(rows, scale, metric):
+        cells = [f"{cost:g}", winner.model, f"{getattr(winner, metric):.4g}", _settings(winner)]
+        if rival is not None:
+            cells += [rival.model, f"{getattr(rival, metric):.4g}", _settings(rival)]
+        body.append(table_row(list(map(escape, cells))))
+    name = NAMES[metric]
+    head = ["sampling cost", "best", name, "at", "largest that can be afforded", name, "at"]
+    return html_table("The best network at a sampling cost", head, body) if body else ""
+
+
+def _samplers(rows: Sequence[Row], scale: Scale, metric: str) -> list[str]:
+    """The front of each sampler over all networks of a family."""
+    charts = []
+    for family in dict.fromkeys(row.family for row in rows):
+        mine = [row for row in rows if row.family == family]
+        names = list(dict.fromkeys(row.sampler for row in mine))
+        lines = [
+            Line(
+                name,
+                [
+                    (scale.sampling(r), float(getattr(r, metric)))
+                    for r in front([row for row in mine if row.sampler == name], scale, metric)
+                ],
+                color,
+                dots=True,
+            )
+            for name, color in zip(names, COLORS, strict=False)
+        ]
+        if len(lines) > 1:
+            chart = line_chart(lines, (), "sampling cost", NAMES[metric], log_x=True)
+            charts.append(f'<div class="card"><h3>{escape(family)}</h3>{chart}</div>')
+    if not charts:
+        return []
+    return [f'<h2>Samplers: the front over all sizes</h2><div class="charts">{"".join(charts)}</div>']
+
+
+def _families(rows: Sequence[Row], scale: Scale, metric: str) -> list[str]:
+    """The fronts of the families beside one another."""
+    families = list(dict.fromkeys(row.family for row in rows))
+    if len(families) < 2:
+        return []
+    lines = [
+        Line(
+            family,
+            [
+                (scale.sampling(r), float(getattr(r, metric)))
+                for r in front([row for row in rows if row.family == family], scale, metric)
+            ],
+            color,
+            dots=True,
+        )
+        for family, color in zip(families, COLORS, strict=False)
+    ]
+    chart = line_chart(lines, (), "sampling cost", NAMES[metric], log_x=True)
+    return [f'<h2>Families: the front over all sizes and samplers</h2><div class="card">{chart}</div>']
+
+
+def _pictures(folder: Path, rows: Sequence[Row], scale: Scale, metric: str) -> list[str]:
+    """Grids of every network at some equal costs, each at its best setting."""
+    parts = []
+    for family in dict.fromkeys(row.family for row in rows):
+        best = best_guidance([row for row in rows if row.family == family], metric)
+        costs = budgets(best, scale)
+        chosen = sorted(
+            {costs[round(i * (len(costs) - 1) / SHOWN_BUDGETS)] for i in range(1, SHOWN_BUDGETS)}
+            if costs
+            else ()
+        )
+        for cost in chosen:
+            parts.append(f"<h2>{escape(family)}: pictures at sampling cost {cost:g}, the same noise</h2>")
+            for name, mine in _by_model(best).items():
+                row = best_within(mine, scale, metric, cost)
+                if row is not None:
+                    parts.append(_figure(folder, name, row, metric))
+    return parts
+
+
+def _figure(folder: Path, name: str, row: Row, metric: str) -> str:
+    file = f"{row.model}-s{row.seed}-{row.nimg}-{row.sampler}-{row.steps}-{row.guidance:g}.png"
+    path = folder / "grids" / file
+    if not path.is_file():
+        return ""
+    with Image.open(path) as picture:
+        source, width, _ = embedded(picture)
+    caption = f"{name}: {_settings(row)}, {NAMES[metric]} {short(float(getattr(row, metric)))}"
+    return (
+        f'<figure class="frame" style="--w:{2 * width}px"><img class="pixels" alt="" src="{source}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def markdown(rows: Sequence[Row], scale: Scale, metric: str) -> str:
+    """The best guidance of every network, sampler and number of steps as a Markdown table."""
+    head = ["network", "sampler", "steps", "cost", "guidance", NAMES[metric], "standard error", "FD"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in best_guidance(rows, metric):
+        error = f"{row.kid_error:.4f}" if metric == "kid" and math.isfinite(row.kid_error) else ""
+        cells = [row.model, row.sampler, str(row.steps), f"{scale.sampling(row):.3g}", f"{row.guidance:g}"]
+        cells += [f"{getattr(row, metric):.4f}", error, f"{row.fd:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    better_is = "higher" if METRICS[metric] else "lower"
+    return "\n".join(lines) + f"\n\n{NAMES[metric]}: {better_is} is better. Measured here.\n"

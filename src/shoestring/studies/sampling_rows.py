@@ -1,0 +1,101 @@
+"""The results of the sampling-cost study: one Parquet file, a row a cell."""
+
+from __future__ import annotations
+
+import fcntl
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shoestring.runtime import UserError, atomic_write
+
+NOT_A_NUMBER = float("nan")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell: a network, how it was sampled, and how good its pictures are."""
+
+    model: str
+    """Name of the size."""
+    family: str
+    seed: int
+    """Of the training."""
+    parameters: int
+    nimg: int
+    """Images seen in training."""
+    training_gflops: float
+    """Of all these images, forward and backward."""
+    gflops: float
+    """Of one network evaluation of one picture."""
+    sampler: str
+    steps: int
+    guidance: float
+    evaluations: int
+    """Of one picture, guidance's second pass not counted."""
+    samples: int
+    kid: float
+    kid_error: float
+    """Standard error."""
+    fd: float
+    precision: float
+    recall: float
+    accuracy: float = NOT_A_NUMBER
+    """Pictures of shapes that show what was asked for; only there."""
+    seconds: float = NOT_A_NUMBER
+    """Of drawing, as it ran."""
+
+    @property
+    def cell(self) -> tuple[object, ...]:
+        """What makes it the same measurement."""
+        return (self.model, self.seed, self.nimg, self.sampler, self.steps, self.guidance, self.samples)
+
+
+_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+_SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(Row)])
+METRICS = {"kid": False, "fd": False, "precision": True, "recall": True, "accuracy": True}
+"""Whether higher is better."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the results of a study.
+
+    Args:
+        path: a Parquet file; may not exist.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        UserError: if it is no such file.
+    """
+    if not path.exists():
+        return []
+    try:
+        records = pq.read_table(path).to_pylist()
+        return [Row(**record) for record in records]
+    except (pa.ArrowInvalid, OSError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a results file of shoestring study sampling ({error}); give results.parquet of a "
+            "study's folder, or delete it to begin anew"
+        ) from error
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add a row at once; processes wait for one another, and what was there is never half-written.
+
+    Args:
+        path: the file, made if needed.
+        row: the row.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [*read_rows(path), row]
+        table = pa.Table.from_pylist([asdict(each) for each in rows], schema=_SCHEMA)
+        atomic_write(path, lambda file: pq.write_table(table, file))
