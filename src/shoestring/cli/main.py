@@ -16,7 +16,7 @@ from shoestring import recipes
 from shoestring.cli.averages import ema
 from shoestring.cli.data import app as data_app
 from shoestring.cli.evaluating import app as eval_app
-from shoestring.cli.planning import plan
+from shoestring.cli.planning import advise, plan
 from shoestring.cli.profiling import profile
 from shoestring.cli.watching import compare, watch
 from shoestring.config import RunConfig, apply_overrides, to_yaml
@@ -49,6 +49,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.command()(ema)
 app.command()(plan)
+app.command()(advise)
 app.command()(watch)
 app.command()(compare)
 app.command()(profile)

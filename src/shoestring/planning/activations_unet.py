@@ -1,4 +1,4 @@
-"""What autograd keeps of a U-Net's forward pass: watched on the meta device, where it costs nothing."""
+"""What autograd keeps of a U-Net's forward pass: watched on fake tensors, which cost nothing."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from shoestring.interfaces import Conditioning
+from shoestring.models.files import new_network
 from shoestring.models.network import BaseNetwork
 from shoestring.planning.activations import FP32, Bytes, Part
 
@@ -38,7 +40,7 @@ def unet_parts(network: BaseNetwork, grid: tuple[int, int], caption: int, b: Byt
     are a few per cent more. That is a forecast for planning, good to about a fifth.
 
     Args:
-        network: on the meta device.
+        network: whose settings count; it may be on the meta device.
         grid: rows and columns after the pixel-unshuffle.
         caption: caption length; 0 without captions.
         b: bytes of values.
@@ -46,6 +48,9 @@ def unet_parts(network: BaseNetwork, grid: tuple[int, int], caption: int, b: Byt
     Returns:
         Their sum is what autograd keeps.
     """
+    fake = FakeTensorMode()  # unlike the meta device it knows the kernels, and what attention does not keep
+    with fake:
+        network = new_network(network.config, network.tokens)
     kept = _Kept(network)
     stacks = network.all_blocks()
     before: dict[int, int] = {}
@@ -65,9 +70,9 @@ def unet_parts(network: BaseNetwork, grid: tuple[int, int], caption: int, b: Byt
     handles += [s.register_forward_hook(leaving, with_kwargs=True) for s in stacks]
     side = network.patch_size
     try:
-        with torch.device("meta"), torch.enable_grad(), saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        with fake, torch.enable_grad(), saved_tensors_hooks(kept.pack, lambda tensor: tensor):
             x = torch.empty(1, network.in_channels, grid[0] * side, grid[1] * side)
-            condition = Conditioning.nothing(1, "meta")
+            condition = Conditioning.nothing(1)
             if network.config.condition == "text":
                 condition = Conditioning(torch.empty(1, max(1, caption), network.config.caption_dim))
             network(x, torch.empty(1), condition)

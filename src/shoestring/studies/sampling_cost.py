@@ -302,6 +302,8 @@ class Study:
                     pipeline.draw([wanted[i] for i in part], SAMPLE_SEED, part, sampling, piece=PIECE)
                 )
                 done = part.stop
+                if done == len(wanted):
+                    break
                 left = (time.perf_counter() - started) / done * (len(wanted) - done)
                 line.show(f"{done:,}/{len(wanted):,} pictures  {duration(left)} left")
         return torch.cat(found)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 def coarse_to_fine(scales: Sequence[float], measure: Callable[[float], float]) -> list[float]:
     """Find the best of some scales without measuring all.
 
-    The ends and every third are measured, then the neighbours of the best, until both of them are known. If
-    the coarse values do not fall and then rise, the curve has more than one valley as far as anybody can see,
+    The ends and one between them are measured, then the neighbours of the best, until both of them are known.
+    If the coarse values do not fall and then rise, the curve has more than one valley as far as anybody can see,
     and all scales are measured.
 
     Args:
@@ -21,7 +21,7 @@ def coarse_to_fine(scales: Sequence[float], measure: Callable[[float], float]) -
     """
     count = len(scales)
     found: dict[int, float] = {}
-    for i in sorted({*range(0, count, 3), count - 1}):
+    for i in sorted({0, (count - 1) // 2, count - 1}):
         found[i] = measure(scales[i])
     coarse = [found[i] for i in sorted(found)]
     if not one_valley(coarse):

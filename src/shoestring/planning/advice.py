@@ -1,0 +1,159 @@
+"""Which size to train, and how to sample it, for so many dollars and pictures.
+
+Candidates are settings whose quality somebody measured: published ones, or rows of a study of the user's own.
+Each is priced: the training that it needs, and the pictures that are to be made. Quality is compared within
+one protocol only, and lower is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shoestring.planning.cost import Machine
+from shoestring.runtime import UserError
+
+ASSUMED_USD = {"h100": 3.75}
+"""Dollars for an hour, where none are given: the account of arXiv 2407.15811 (published)."""
+SAMPLING_SHARE = 0.25
+"""Of the peak, while sampling; assumed."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network and a way to sample it, of which the quality is known."""
+
+    size: str
+    recipe: str | None
+    """Name of a recipe that trains it."""
+    protocol: str
+    """Figures are comparable within it."""
+    metric: str
+    quality: float | None
+    """``None`` where only a comparison was published."""
+    claim: str
+    """What is known, and from where."""
+    full_training_flops: float
+    """Of the training whose quality this is."""
+    least_share: float
+    """Of it, below which the figures do not say anything."""
+    evaluation_flops: float
+    """Of one network evaluation."""
+    sampler: str
+    steps: int
+    evaluations: int
+    guidance: float | None
+    cost: float
+    """Sampling cost, normalised as in its source."""
+    rank: int = 0
+    """Between protocols: the highest that can be had is taken."""
+
+    @property
+    def picture_flops(self) -> float:
+        """Of one picture, guidance's second pass counted."""
+        guided = 1 if self.guidance in (0.0, 1.0) else 2
+        return self.evaluation_flops * self.evaluations * guided
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is wanted."""
+
+    budget_usd: float
+    """For training and all pictures together."""
+    images: float
+    """That will be made."""
+    max_latency_s: float | None
+    """Of one picture on one GPU."""
+    machine: Machine
+    sampling_share: float = SAMPLING_SHARE
+
+    def __post_init__(self) -> None:
+        if not self.budget_usd > 0:
+            raise UserError(f"--budget is {self.budget_usd:g}; it must be above 0 dollars")
+        if self.images < 0:
+            raise UserError(f"--images is {self.images:g}; it must be 0 or more")
+        if self.max_latency_s is not None and not self.max_latency_s > 0:
+            raise UserError(f"--max-latency is {self.max_latency_s:g} s; it must be above 0")
+        if not 0 < self.sampling_share <= 1:
+            raise UserError(f"--sampling-mfu is {self.sampling_share:g}; it must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A candidate with its price."""
+
+    candidate: Candidate
+    training_share: float
+    """Of its full training, that the budget pays beside the pictures."""
+    training_usd: float
+    sampling_usd: float
+    """Of all pictures."""
+    latency_s: float
+    problem: str | None
+    """Why it cannot be had."""
+
+    @property
+    def total_usd(self) -> float:
+        """Total cost of ownership."""
+        return self.training_usd + self.sampling_usd
+
+
+def price(candidate: Candidate, wishes: Wishes) -> Priced:
+    """What a candidate costs, and whether it fits.
+
+    Args:
+        candidate: network and sampling.
+        wishes: dollars, pictures, latency.
+
+    Returns:
+        With as much of its training as the budget pays, at most all of it.
+    """
+    machine = wishes.machine
+    assert machine.usd_per_gpu_hour is not None
+    usd_per_s = machine.usd_per_gpu_hour / 3600
+    latency_s = candidate.picture_flops / (machine.gpu.peak_flops * wishes.sampling_share)
+    sampling = wishes.images * latency_s * usd_per_s
+    full = machine.usd(machine.hours(candidate.full_training_flops))
+    assert full is not None
+    share = max(0.0, min(1.0, (wishes.budget_usd - sampling) / full))
+    problem = None
+    if wishes.max_latency_s is not None and latency_s > wishes.max_latency_s:
+        problem = f"a picture takes {latency_s:.3g} s"
+    elif sampling >= wishes.budget_usd:
+        problem = f"the pictures alone cost ${sampling:,.0f}"
+    elif share < candidate.least_share:
+        needed = candidate.least_share * full + sampling
+        problem = f"needs ${needed:,.0f}: the budget pays {share:.0%} of its training"
+    return Priced(candidate, share, share * full, sampling, latency_s, problem)
+
+
+def choose(candidates: Sequence[Candidate], wishes: Wishes) -> tuple[Priced, list[Priced]]:
+    """The best that fits.
+
+    Args:
+        candidates: all that is known.
+        wishes: dollars, pictures, latency.
+
+    Returns:
+        The choice, and everything priced: what fits first, the best first.
+
+    Raises:
+        UserError: if nothing fits; what the cheapest would need is said.
+    """
+    priced = [price(candidate, wishes) for candidate in candidates]
+    if all(each.problem for each in priced):
+        near = min(priced, key=lambda each: each.candidate.full_training_flops * each.candidate.least_share)
+        raise UserError(
+            f"--budget {wishes.budget_usd:g} is too small for every size: {near.candidate.size} "
+            f"{near.problem}; raise the budget or the latency, make fewer images, or take cheaper GPUs"
+        )
+    worst = float("inf")
+
+    def order(each: Priced) -> tuple[bool, int, float, float]:
+        quality = each.candidate.quality
+        value = worst if quality is None else quality
+        return each.problem is not None, -each.candidate.rank, value, each.total_usd
+
+    priced.sort(key=order)
+    return priced[0], priced

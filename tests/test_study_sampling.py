@@ -1,0 +1,277 @@
+"""The sampling-cost study: a real one of seconds, its search, its analysis and its page."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from shoestring.cli.main import app
+from shoestring.config import apply_overrides
+from shoestring.evaluation.distances import KernelReference, kernel_distance
+from shoestring.models.files import read_header, save_model
+from shoestring.runtime import UserError
+from shoestring.sampling.generate import find_model
+from shoestring.studies import sampling_command, sampling_cost
+from shoestring.studies.sampling_analysis import Scale, best_guidance, best_within, budgets, front
+from shoestring.studies.sampling_command import SamplingJob, run_sampling
+from shoestring.studies.sampling_recipes import PRESETS, Preset, Size, recipe, trainings
+from shoestring.studies.sampling_report import winners
+from shoestring.studies.sampling_rows import Row, append_row, read_rows
+from shoestring.studies.sampling_search import coarse_to_fine, one_valley
+
+SMALL = Preset(
+    name="small",
+    source="shapes",
+    condition="text",
+    classes=1,
+    resolution=24,
+    nimg=64,
+    batch=8,
+    samples=16,
+    sizes=(Size("unet", 8), Size("microdit", 32, 2)),
+    steps=(1, 2),
+    guidance=(1.5, 3.0),
+    samplers=("ddim", "dpmpp-3m"),
+    seeds=1,
+)
+
+
+def job(out, **changes):
+    settings = {
+        "preset": "small",
+        "data": None,
+        "models": (),
+        "only": (),
+        "samplers": (),
+        "steps": (),
+        "guidance": (),
+        "samples": None,
+        "metric": "kid",
+        "full": False,
+        "count_guidance": False,
+        "any_data": False,
+        "train_only": False,
+        "report_only": False,
+        "out": out,
+    }
+    return SamplingJob(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sampling")
+    PRESETS["small"] = SMALL
+    said = Console(record=True, width=200)
+    assert run_sampling(job(out), said)
+    yield out, said.export_text()
+    del PRESETS["small"]
+
+
+def test_every_cell_is_a_row(study):
+    out, said = study
+    rows = read_rows(out / "results.parquet")
+    settings = {(r.model, r.sampler, r.steps, r.guidance) for r in rows if r.nimg == 64}
+    for model in ("unet-8", "microdit-32"):
+        for sampler in ("ddim", "dpmpp-3m"):
+            assert {(model, sampler, n, g) for g in (1.5, 3.0) for n in (1, 2)} <= settings
+    assert len(rows) == len({row.cell for row in rows})
+    assert {row.nimg for row in rows} == {8, 16, 32, 64}  # quality against training compute
+    assert all(math.isfinite(row.kid) and row.kid_error > 0 for row in rows)
+    assert all(0 <= row.accuracy <= 1 for row in rows)
+    assert "dpmpp-3m is of order 3, but there are 2 steps: it runs with order 2" in said
+
+
+def test_nothing_is_computed_twice(study, monkeypatch):
+    out, _ = study
+    before = read_rows(out / "results.parquet")
+
+    def never(*_):
+        raise AssertionError("a cell was drawn again")
+
+    monkeypatch.setattr(sampling_cost.Study, "_draw", never)
+    assert run_sampling(job(out), Console(quiet=True))
+    assert read_rows(out / "results.parquet") == before
+
+
+def test_a_damaged_row_is_drawn_again_to_the_same_figures(study):
+    out, _ = study
+    before = read_rows(out / "results.parquet")
+    (out / "results.parquet").unlink()
+    for row in before[:-1]:
+        append_row(out / "results.parquet", row)
+    assert run_sampling(job(out), Console(quiet=True))
+    again = read_rows(out / "results.parquet")
+    assert replace(again[-1], seconds=0.0) == replace(before[-1], seconds=0.0)
+
+
+def test_the_page_has_the_figures(study):
+    out, _ = study
+    page = (out / "report.html").read_text()
+    for words in (
+        "Quality against training compute",
+        "Quality against sampling cost: ddim",
+        "Best guidance, dpmpp-3m",
+        "Samplers: the front over all sizes",
+        "Families: the front over all sizes and samplers",
+        "measured here",
+        "second pass is not counted",
+    ):
+        assert words in page
+    assert "| unet-8 | ddim | 2 |" in (out / "table.md").read_text()
+    assert len(list((out / "grids").glob("*.png"))) == len(read_rows(out / "results.parquet"))
+
+
+def test_given_networks_are_measured_like_trained_ones(study, tmp_path):
+    out, _ = study
+    models = (out / "models" / "unet-8-s0", out / "models" / "microdit-32-s0")
+    given = job(tmp_path, models=models, samplers=("ddim",))
+    assert run_sampling(given, Console(quiet=True))
+    rows = {(r.sampler, r.steps, r.guidance): r for r in read_rows(tmp_path / "results.parquet")}
+    trained = [r for r in read_rows(out / "results.parquet") if r.model == "microdit-32" and r.nimg == 64]
+    same = next(r for r in trained if (r.sampler, r.steps, r.guidance) == ("ddim", 2, 1.5))
+    assert rows["ddim", 2, 1.5].kid == same.kid
+
+
+def test_networks_of_different_data_are_refused_unless_told(study, tmp_path):
+    out, _ = study
+    path = find_model(out / "models" / "unet-8-s0")
+    header = read_header(path)
+    config = apply_overrides(header.config, ["data.held_out=0.2", "name=other"])
+    save_model(tmp_path / "other.safetensors", load_file(path), config, header.facts)
+    models = (out / "models" / "unet-8-s0", tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"was trained on other data than .*--any-data"):
+        run_sampling(job(tmp_path / "c", models=models), Console(quiet=True))
+    with pytest.raises(UserError, match="has the name unet-8-s0 and seed 0 too"):
+        run_sampling(job(tmp_path / "c", models=(models[0], models[0])), Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"preset": "huge"}, "--preset is 'huge'"),
+        ({"metric": "beauty"}, "--metric is 'beauty'"),
+        ({"samplers": ("magic",)}, "--sampler is 'magic'"),
+        ({"steps": (0,)}, "--steps is 0; it must be 1 or more"),
+        ({"guidance": (-1.0,)}, "--guidance is -1"),
+        ({"samples": 3}, "--samples is 3"),
+        ({"only": ("unet-9",)}, "--only: 'unet-9' is unknown"),
+        ({"preset": "cifar10"}, "--data is not set"),
+        ({"preset": "cifar10", "data": "x", "metric": "accuracy"}, "only pictures of shapes have"),
+    ],
+)
+def test_wrong_settings_are_a_sentence(study, changes, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        run_sampling(job(tmp_path, **changes), Console(quiet=True))
+
+
+def test_a_study_goes_on_only_with_its_own_trainings(study, monkeypatch):
+    out, _ = study
+    monkeypatch.setitem(PRESETS, "small", replace(SMALL, nimg=128))
+    with pytest.raises(UserError, match="holds a study with nimg=64, this one has 128"):
+        run_sampling(job(out), Console(quiet=True))
+
+
+def test_the_command_takes_its_options(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(sampling_command, "run_sampling", lambda given, console: seen.append(given) or True)
+    words = "study sampling --preset shapes --steps 4 --steps 8 --guidance 2 --full"
+    assert CliRunner().invoke(app, words.split()).exit_code == 0
+    assert (seen[0].steps, seen[0].guidance, seen[0].full) == ((4, 8), (2.0,), True)
+    assert seen[0].out == Path("runs/study-sampling-shapes")
+
+
+def test_results_that_are_none_are_a_sentence(tmp_path):
+    (tmp_path / "results.parquet").write_text("nonsense")
+    with pytest.raises(UserError, match="is not a results file of shoestring study sampling"):
+        read_rows(tmp_path / "results.parquet")
+
+
+# -- the search -------------------------------------------------------------------------------------------
+
+SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+
+
+@pytest.mark.parametrize("best", range(8))
+def test_the_best_of_one_valley_is_found_with_fewer_cells(best):
+    values = {scale: abs(i - best) + 0.1 * (i < best) for i, scale in enumerate(SCALES)}
+    measured = coarse_to_fine(SCALES, values.__getitem__)
+    assert min(measured, key=values.__getitem__) == SCALES[best]
+    assert len(measured) == len(set(measured)) <= 6
+
+
+def test_a_curve_with_two_valleys_is_measured_whole():
+    values = dict(zip(SCALES, (3, 2, 3, 5, 4, 3, 1, 2), strict=True))
+    assert sorted(coarse_to_fine(SCALES, values.__getitem__)) == list(SCALES)
+
+
+def test_one_valley():
+    assert one_valley([3, 2, 1, 2])
+    assert one_valley([1, 2, 3])
+    assert one_valley([3, 2])
+    assert not one_valley([1, 3, 2])
+
+
+# -- the analysis -----------------------------------------------------------------------------------------
+
+
+def row(model, gflops, steps, guidance, kid):
+    return Row(
+        model, "unet", 0, 1, 10, 1.0, gflops, "ddim", steps, guidance, steps, 50, kid, 0.01, 1.0, 0.5, 0.5
+    )
+
+
+ROWS = [
+    row("small", 1.0, 4, 2.0, 0.9),
+    row("small", 1.0, 4, 3.0, 0.8),
+    row("small", 1.0, 20, 2.0, 0.4),
+    row("large", 10.0, 4, 2.0, 0.5),
+    row("large", 10.0, 20, 2.0, 0.1),
+]
+
+
+def test_best_guidance_front_and_winners_at_a_cost():
+    scale, best = Scale.of(ROWS, False), best_guidance(ROWS, "kid")
+    assert [r.guidance for r in best] == [3.0, 2.0, 2.0, 2.0]
+    assert [scale.sampling(r) for r in best] == [0.4, 2.0, 4.0, 20.0]
+    assert Scale.of(ROWS, True).sampling(best[0]) == 0.8
+    assert [r.kid for r in front(best, scale, "kid")] == [0.8, 0.4, 0.1]
+    assert best_within(best, scale, "kid", 5).model == "small"
+    assert best_within(best, scale, "kid", 0.1) is None
+    costs = budgets(best, scale)
+    assert costs[0] == 4.0
+    assert costs[-1] == 20.0
+    found = winners(ROWS, scale, "kid")
+    assert (found[0][1].model, found[0][2].model, found[-1][1].model) == ("small", "large", "large")
+
+
+# -- the kernel distance of whole sets --------------------------------------------------------------------
+
+
+def test_the_standard_error_is_the_spread_of_repeated_draws():
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(600, 16, generator=generator)
+    kernel = KernelReference(reference)
+    found = [kernel.compare(0.4 + torch.randn(80, 16, generator=generator)) for _ in range(200)]
+    spread = torch.tensor([each.value for each in found]).std().item()
+    said = sum(each.standard_error for each in found) / len(found)
+    assert said == pytest.approx(spread, rel=0.15)
+
+
+def test_whole_sets_agree_with_the_mean_over_subsets():
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(200, 8, generator=generator) + 0.5, torch.randn(200, 8, generator=generator)
+    assert KernelReference(b).compare(a).value == pytest.approx(
+        kernel_distance(a, b, subsets=300, subset_size=150).mean, rel=0.05
+    )
+
+
+def test_the_recipes_of_a_study_differ_in_size_and_seed_only():
+    found = [recipe(PRESETS["cifar10"], t, "x", 640) for t in trainings(PRESETS["cifar10"])]
+    assert len({config.name for config in found}) == len(found) == 13
+    shared = {(c.stages, c.process, c.optimizer, c.data, c.precision) for c in found}
+    assert len(shared) == 1
