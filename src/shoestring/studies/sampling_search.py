@@ -9,8 +9,8 @@ def coarse_to_fine(scales: Sequence[float], measure: Callable[[float], float]) -
     """Find the best of some scales without measuring all.
 
     The ends and one between them are measured, then the neighbours of the best, until both of them are known.
-    If the coarse values do not fall and then rise, the curve has more than one valley as far as anybody can see,
-    and all scales are measured.
+    If the coarse values do not fall and then rise, the curve has more than one valley, and all scales are
+    measured.
 
     Args:
         scales: rising.
