@@ -52,6 +52,8 @@ class NoiseLevel:
 class Conditioning:
     """What a picture is conditioned on: a caption, a class, or (a class of -1 everywhere) nothing.
 
+    Beside either, for super-resolution, a small picture, which the empty condition keeps.
+
     ``text_mask_BS`` is true at real caption tokens; ``None`` means all of them. ``class_B`` is -1 where
     there is no class. ``prepared`` is a network's own cache of everything that does not depend on the noise
     (see ``Network.prepare``).
@@ -61,6 +63,8 @@ class Conditioning:
     text_mask_BS: Bool[Tensor, "B S"] | None = None
     class_B: Int[Tensor, " B"] | None = None
     prepared: Any = None
+    image: Float[Tensor, "B C H W"] | None = None
+    """Super-resolution: latents of the small picture, enlarged to the size of what is drawn."""
 
     def __post_init__(self) -> None:
         assert (self.text_BSD is None) != (self.class_B is None), "either text or class"
@@ -92,13 +96,13 @@ class Conditioning:
         (MaskDiT, released code).
         """
         if self.class_B is not None:
-            return Conditioning(class_B=torch.full_like(self.class_B, -1))
+            return Conditioning(class_B=torch.full_like(self.class_B, -1), image=self.image)
         assert self.text_BSD is not None
         mask_BS = self.text_mask_BS
         if mask_BS is not None:
             mask_BS = torch.zeros_like(mask_BS)
             mask_BS[:, 0] = True
-        return Conditioning(torch.zeros_like(self.text_BSD), mask_BS)
+        return Conditioning(torch.zeros_like(self.text_BSD), mask_BS, image=self.image)
 
     def drop(self, dropped_B: Bool[Tensor, " B"]) -> Conditioning:
         """Replace the condition of some samples by the empty one (training with guidance in mind)."""
@@ -113,21 +117,30 @@ class Conditioning:
             choose(self.text_BSD, null.text_BSD),
             choose(self.text_mask_BS, null.text_mask_BS),
             choose(self.class_B, null.class_B),
+            image=self.image,
         )
 
     def part(self, rows: slice) -> Conditioning:
         """Some of the samples; a network's cache is not carried over."""
-        fields = (self.text_BSD, self.text_mask_BS, self.class_B)
-        return Conditioning(*(None if field is None else field[rows] for field in fields))
+
+        def some(field: Tensor | None) -> Tensor | None:
+            return None if field is None else field[rows]
+
+        text_BSD, mask_BS, class_B = some(self.text_BSD), some(self.text_mask_BS), some(self.class_B)
+        return Conditioning(text_BSD, mask_BS, class_B, image=some(self.image))
 
     def cat(self, other: Conditioning) -> Conditioning:
         """Stack two batches of the same kind, captions of the same length."""
-        pairs = (
-            (self.text_BSD, other.text_BSD),
-            (self.text_mask_BS, other.text_mask_BS),
-            (self.class_B, other.class_B),
+
+        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else torch.cat([a, b])
+
+        return Conditioning(
+            both(self.text_BSD, other.text_BSD),
+            both(self.text_mask_BS, other.text_mask_BS),
+            both(self.class_B, other.class_B),
+            image=both(self.image, other.image),
         )
-        return Conditioning(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
 
 
 @dataclass(frozen=True)

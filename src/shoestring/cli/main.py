@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 from shoestring import recipes
+from shoestring.cli.adapting import adapt_app, upscale
 from shoestring.cli.averages import ema
 from shoestring.cli.data import app as data_app
 from shoestring.cli.evaluating import app as eval_app
@@ -45,11 +46,13 @@ recipes_app = typer.Typer(help="List recipes; with show NAME, print one whole.",
 app.add_typer(recipes_app, name="recipes")
 study_app = typer.Typer(help="Compare methods side by side.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
+app.add_typer(adapt_app, name="adapt")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.command()(ema)
 app.command()(plan)
 app.command()(advise)
+app.command()(upscale)
 app.command()(watch)
 app.command()(compare)
 app.command()(profile)

@@ -24,6 +24,7 @@ from shoestring.config.schema import (
     RunConfig,
     SamplingConfig,
     StageConfig,
+    SuperResConfig,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "SamplingConfig",
     "StageConfig",
     "StoreConfig",
+    "SuperResConfig",
     "TokensConfig",
     "TransformerConfig",
     "UNetConfig",

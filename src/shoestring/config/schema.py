@@ -289,6 +289,22 @@ class GuardConfig(Frozen):
     stall_s: Positive = setting("seconds without a batch after which the source of the data is named", 60.0)
 
 
+class SuperResConfig(Frozen):
+    """A run that learns to enlarge pictures; see ``shoestring adapt superres``."""
+
+    factor: Literal[2, 4, 8] = setting("how many times", 4)
+    degradation: Literal["bicubic", "realesrgan"] = setting(
+        "how pictures are made small: resized, or as cameras and the web do (Real-ESRGAN's two rounds)",
+        "realesrgan",
+    )
+    noise: float = setting(
+        "noise added to the small picture while training, at most (share of the latents' deviation)",
+        0.1,
+        ge=0,
+        le=2,
+    )
+
+
 class RunConfig(Frozen):
     """A whole run."""
 
@@ -309,6 +325,7 @@ class RunConfig(Frozen):
     power_ema: tuple[AverageLength, ...] = setting(
         "lengths of power-function averages to keep, e.g. [0.05, 0.1], for shoestring ema", ()
     )
+    superres: SuperResConfig | None = setting("super-resolution; null = pictures from noise", None)
     sampling: SamplingConfig = setting("sampling", SamplingConfig())
     logging: LoggingConfig = setting("logging", LoggingConfig())
     guard: GuardConfig = setting("guard rails", GuardConfig())
@@ -320,11 +337,32 @@ class RunConfig(Frozen):
             raise ValueError(f"power_ema is {list(self.power_ema)}; two lengths are the same, give each once")
         if self.model.kind == "unet":
             self._fits_unet()
+        self._fits_superres()
         names = [stage.name for stage in self.stages]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"stages has the name {twice!r} twice; give every stage a name of its own")
         return self
+
+    def _fits_superres(self) -> None:
+        wanted = 0 if self.superres is None else self.model.in_channels
+        if self.model.image_channels != wanted:
+            what = "superres is not set" if self.superres is None else "superres is set"
+            raise ValueError(
+                f"model.image_channels is {self.model.image_channels}, but {what}; set it to {wanted}"
+            )
+        if self.superres is None:
+            return
+        if self.logging.kid_nimg is not None:
+            raise ValueError(
+                "logging.kid_nimg is set, but superres draws from small pictures; set it to null"
+            )
+        for stage in self.stages:
+            if stage.resolution % self.superres.factor:
+                raise ValueError(
+                    f"stages.{stage.name}.resolution is {stage.resolution}; with superres it must be a "
+                    f"multiple of the factor ({self.superres.factor})"
+                )
 
     def _fits_unet(self) -> None:
         for found, key, valid in (

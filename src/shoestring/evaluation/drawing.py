@@ -22,6 +22,10 @@ PER_FOLDER = 1000
 """Files of a folder; more make some file systems slow."""
 
 
+Low = Callable[[Sequence[int]], Tensor]
+"""Small pictures by their numbers."""
+
+
 @dataclass(frozen=True)
 class Wish:
     """A picture to draw."""
@@ -58,6 +62,7 @@ def draw(
     micro_batch: int,
     share: tuple[int, int] = (0, 1),
     on_done: Callable[[int], object] = lambda count: None,
+    low: Low | None = None,
 ) -> None:
     """Draw pictures into PNGs with their parameters inside; those that are there already are kept.
 
@@ -72,6 +77,7 @@ def draw(
         micro_batch: pictures at once.
         share: which process of how many this is; whole batches are shared out.
         on_done: called with the number of pictures that are there now, after each batch of this process.
+        low: gives the small pictures of some numbers, of super-resolution models.
 
     Raises:
         UserError: if a picture cannot be written.
@@ -81,14 +87,14 @@ def draw(
     for first in range(mine * micro_batch, len(wanted), of * micro_batch):
         part = list(wanted[first : first + micro_batch])
         if not all(_is_drawn(pipeline, picture_file(folder, wish), wish, sampling) for wish in part):
-            for wish, picture in zip(part, _drawn(pipeline, part, sampling, micro_batch), strict=True):
+            for wish, picture in zip(part, _drawn(pipeline, part, sampling, micro_batch, low), strict=True):
                 save_png(picture_file(folder, wish), to_pil(picture), parameters(pipeline, wish, sampling))
         done += len(part)
         on_done(done)
 
 
 def _drawn(
-    pipeline: Pipeline, part: Sequence[Wish], sampling: SamplingConfig, micro_batch: int
+    pipeline: Pipeline, part: Sequence[Wish], sampling: SamplingConfig, micro_batch: int, low: Low | None
 ) -> list[Tensor]:
     """Pictures of one batch, filled up with its last wish; those of one seed are drawn together."""
     found: dict[int, Tensor] = {}
@@ -97,7 +103,8 @@ def _drawn(
         filled = rows + rows[-1:] * (micro_batch - len(rows))
         prompts, numbers = [part[i].prompt for i in filled], [part[i].number for i in filled]
         piece = PIECE if pipeline.device.type == "cpu" else None
-        pictures = pipeline.draw(prompts, seed, numbers, sampling, piece=piece)
+        small = None if low is None else low(numbers)
+        pictures = pipeline.draw(prompts, seed, numbers, sampling, piece=piece, low=small)
         found |= dict(zip(rows, pictures, strict=False))
     return [found[i] for i in range(len(part))]
 

@@ -1,7 +1,7 @@
 """Everything that a figure depends on: what is drawn, how, and what it is compared with.
 
-``coco30k``, ``imagenet50k`` and ``ablation30k`` are the published protocols of the papers that this project
-is built on; ``demo``, ``quick`` and ``shapes`` need no download.
+``coco30k``, ``imagenet50k``, ``ablation30k`` and ``div2k-sr`` are the published protocols of the papers that
+this project is built on; ``demo``, ``quick``, ``shapes`` and ``superres`` need no download.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ Metric = Literal[
     "geneval",
     "shapeeval",
     "questions",
+    "psnr",
+    "ssim",
+    "feature-distance",
 ]
+PAIRED = ("psnr", "ssim", "feature-distance")
+"""Of super-resolution: picture by picture, with what it should be."""
 NOT_RESULTS = ("name", "micro_batch", "weights")
 """Settings that change rounding at most: results with others may be compared."""
 
@@ -52,10 +57,17 @@ class Protocol(Frozen):
     """How a model is evaluated."""
 
     name: str = setting("of the protocol; of its results too")
-    prompts: Literal["training", "held-out", "classes", "file", "geneval", "shapes", "questions"] = setting(
-        "what is asked for: captions of the run's training or held-out pictures, its classes in equal "
-        "numbers, a file with a prompt a line, the prompts of GenEval or ShapeEval, or a file with questions"
+    prompts: Literal["training", "held-out", "classes", "file", "geneval", "shapes", "questions", "crops"] = (
+        setting(
+            "what is asked for: captions of the run's training or held-out pictures, its classes in equal "
+            "numbers, a file with a prompt a line, the prompts of GenEval or ShapeEval, a file with "
+            "questions, or (super-resolution) crops that are made small"
+        )
     )
+    crops_folder: str | None = setting(
+        "crops: folder of whole pictures; null = the run's held-out pictures, not cropped", None
+    )
+    degradation: Literal["bicubic", "realesrgan"] = setting("crops: how they are made small", "realesrgan")
     prompts_file: str | None = setting(
         "prompts=file, questions or geneval: the file; geneval, null: our own", None
     )
@@ -69,8 +81,9 @@ class Protocol(Frozen):
     sampling: SamplingConfig | None = setting("how pictures are drawn; null = as in the recipe", None)
     micro_batch: int = setting("pictures at once", 50, ge=1)
     metrics: tuple[Metric, ...] = setting("what is measured", min_length=1)
-    reference: Literal["training", "held-out", "file", "none"] = setting(
-        "real pictures that distances compare with: the run's own, or statistics in a file", "held-out"
+    reference: Literal["training", "held-out", "file", "crops", "none"] = setting(
+        "real pictures that distances compare with: the run's own, statistics in a file, or the crops",
+        "held-out",
     )
     reference_files: Mapping[str, str] = Field(
         default_factory=dict,
@@ -100,6 +113,13 @@ class Protocol(Frozen):
             wanted = {"shapeeval": "shapes"}.get(metric, metric)
             if metric in self.metrics and self.prompts != wanted:
                 raise ValueError(f"metric {metric} needs prompts={wanted}, not {self.prompts}")
+        for metric in PAIRED:
+            if metric in self.metrics and self.prompts != "crops":
+                raise ValueError(f"metric {metric} needs prompts=crops, not {self.prompts}")
+        if self.reference == "crops" and self.prompts != "crops":
+            raise ValueError(f"reference=crops needs prompts=crops, not {self.prompts}")
+        if self.prompts == "crops" and len(self.seeds) > 1:
+            raise ValueError(f"prompts=crops needs one seed, not {list(self.seeds)}; raise count instead")
         if "retrieval" in self.metrics and self.prompts != "training":
             raise ValueError(f"metric retrieval needs prompts=training, not {self.prompts}")
         for name, problem in self._unread():
@@ -120,10 +140,12 @@ class Protocol(Frozen):
             "judge": "questions" in self.metrics,
             "neighbours": any(metric.startswith("precision-recall") for metric in self.metrics),
             "loss_pictures": "loss" in self.metrics,
+            "crops_folder": self.prompts == "crops",
+            "degradation": self.prompts == "crops",
         }
         usual = {name: type(self).model_fields[name].default for name in looks}
         found = [
-            (name, f"metrics are {', '.join(self.metrics)}")
+            (name, f"prompts is {self.prompts} and metrics are {', '.join(self.metrics)}")
             for name, read in looks.items()
             if not read and getattr(self, name) != usual[name]
         ]
@@ -210,6 +232,23 @@ def protocols() -> dict[str, Protocol]:
             reference_files={"inception": "VIRTUAL_imagenet256_labeled.npz"},
             metrics=ADM_SUITE,
             sampling=SamplingConfig(sampler="heun", steps=40, guidance=1.0),
+        ),
+        "div2k-sr": Protocol(
+            name="div2k-sr",
+            prompts="crops",
+            crops_folder="DIV2K_valid_HR",
+            degradation="realesrgan",
+            count=3_000,
+            reference="crops",
+            metrics=("fid", "is", "psnr", "ssim", "feature-distance"),
+            sampling=SamplingConfig(sampler="ddim", steps=50, guidance=1.0),
+        ),
+        "superres": Protocol(
+            name="superres",
+            prompts="crops",
+            degradation="bicubic",
+            reference="crops",
+            metrics=("fd-efflite0", "kid-efflite0", "psnr", "ssim", "feature-distance"),
         ),
     }
 

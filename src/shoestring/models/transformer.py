@@ -146,6 +146,8 @@ class DiffusionTransformer(BaseNetwork):
         super().__init__(config, tokens)
         dim, eps, activation = config.dim, config.norm_eps, self.activation
         self.x_embedder = PatchEmbedding(config.in_channels, dim, config.patch_size)
+        if config.image_channels:
+            self.image_embedder = PatchEmbedding(config.image_channels, dim, config.patch_size)
         self.t_embedder = TimeEmbedding(dim, self.time_features, activation)
         self.y_embedder: CaptionEmbedder | ClassEmbedding | None = None
         if config.condition == "text":
@@ -257,6 +259,10 @@ class DiffusionTransformer(BaseNetwork):
         for name, parameter in self.named_parameters():
             if name.endswith("mask_token"):
                 nn.init.normal_(parameter, std=0.02, generator=generator)
+        if self.config.image_channels:  # the small picture has no say at first
+            nn.init.zeros_(self.image_embedder.proj.weight)
+            assert self.image_embedder.proj.bias is not None
+            nn.init.zeros_(self.image_embedder.proj.bias)
         zeroed = [self.final_layer]
         if self.config.decoder.depth:
             zeroed.append(self.decoder_layer)
@@ -353,6 +359,9 @@ class DiffusionTransformer(BaseNetwork):
         """
         grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
         x_BLD = self.x_embedder(x)
+        if self.config.image_channels:
+            assert conditioning.image is not None, "a super-resolution network needs small pictures"
+            x_BLD = x_BLD + self.image_embedder(conditioning.image)
         x_BLD = x_BLD + self.positions(grid, x_BLD)
         prepared: Prepared | None = conditioning.prepared
         if prepared is None:

@@ -50,6 +50,19 @@ class Attend:
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
+class InputConvolution(nn.Conv2d):
+    """The first convolution, and another for a small picture in further channels."""
+
+    def __init__(self, first: nn.Conv2d, image_values: int) -> None:
+        super().__init__(first.in_channels, first.out_channels, 3, padding=1)
+        self.image = nn.Conv2d(image_values, first.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of both."""
+        values = self.in_channels
+        return super().forward(x[:, :values]) + self.image(x[:, values:])
+
+
 class UNet(BaseNetwork):
     """See :class:`shoestring.interfaces.Network` for the seam.
 
@@ -93,6 +106,10 @@ class UNet(BaseNetwork):
             use_linear_projection=True,
             norm_num_groups=config.norm_groups,
         )
+        if config.image_channels:
+            self.unet.conv_in = InputConvolution(
+                self.unet.conv_in, config.image_channels * config.patch_size**2
+            )
         self.unet.set_attn_processor(Attend())
         if config.checkpoint_activations:
             self.unet.enable_gradient_checkpointing()
@@ -114,6 +131,8 @@ class UNet(BaseNetwork):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         last: list[nn.Module] = [self.unet.conv_out]
+        if isinstance(self.unet.conv_in, InputConvolution):  # the small picture has no say at first
+            last.append(self.unet.conv_in.image)
         last += [m.conv2 for m in self.unet.modules() if isinstance(m, ResnetBlock2D)]
         last += [m.proj_out for m in self.unet.modules() if isinstance(m, Transformer2DModel)]
         for module in last:
@@ -166,6 +185,9 @@ class UNet(BaseNetwork):
         grid = (x.shape[2] // side, x.shape[3] // side)
         if side > 1:
             x = unpatchify(patchify(x, side), grid, 1)
+        if self.config.image_channels:
+            assert conditioning.image is not None, "a super-resolution network needs small pictures"
+            x = torch.cat([x, unpatchify(patchify(conditioning.image, side), grid, 1)], dim=1)
         y_BSD, mask_BS = (
             conditioning.prepared if conditioning.prepared is not None else self._caption(conditioning)
         )

@@ -244,8 +244,10 @@ def modulated_linear(layer: nn.Module, tokens: int, b: Bytes) -> Part:
 def _condition(network: DiffusionTransformer, caption: int, length: int, b: Bytes) -> Part:
     """Embedded patches, time and caption."""
     config = network.config
-    dim, values = config.dim, config.in_channels * config.patch_size**2
+    dim, values = config.dim, (config.in_channels + config.image_channels) * config.patch_size**2
     modules: list[nn.Module] = [network.x_embedder, network.t_embedder]
+    if config.image_channels:
+        modules.append(network.image_embedder)
     inputs = network.x_embedder.proj.weight.numel() + network.t_embedder.linears[0].weight.numel()
     kept: float = length * values * b.low + (network.time_features + 3 * dim) * b.low
     moment: float = length * dim * b.low

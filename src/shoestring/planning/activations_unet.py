@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,6 +76,9 @@ def unet_parts(network: BaseNetwork, grid: tuple[int, int], caption: int, b: Byt
             condition = Conditioning.nothing(1)
             if network.config.condition == "text":
                 condition = Conditioning(torch.empty(1, max(1, caption), network.config.caption_dim))
+            if network.config.image_channels:
+                small = torch.empty(1, network.config.image_channels, *x.shape[2:])
+                condition = replace(condition, image=small)
             network(x, torch.empty(1), condition)
     finally:
         for handle in handles:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -156,8 +156,9 @@ def model_flops(
         return _unet_flops(model, grid, caption_tokens)
     length = grid[0] * grid[1]
     d, patch_values = model.dim, model.in_channels * model.patch_size**2
+    image_values = model.image_channels * model.patch_size**2
     family = FAMILIES[model.kind]
-    inputs: float = length * patch_values * d + family.time_features * d
+    inputs: float = length * (patch_values + image_values) * d + family.time_features * d
     macs: float = d * d  # the second half of the time embedding
     s = 0
     if model.condition == "text":
@@ -185,6 +186,8 @@ def _unet_flops(model: UNetConfig, grid: tuple[int, int], caption_tokens: int) -
         condition = Conditioning.nothing(1, "meta")
         if model.condition == "text":
             condition = Conditioning(torch.empty(1, max(1, captions), model.caption_dim))
+        if model.image_channels:
+            condition = replace(condition, image=torch.empty(1, model.image_channels, *x.shape[2:]))
         with FlopCounterMode(display=False) as counter:
             output = network(x, torch.empty(1), condition).visible_BKG
         forward = counter.get_total_flops()

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from shoestring.interfaces import Conditioning, Denoiser, ImageCodec, TextEncode
 from shoestring.models.files import load_model
 from shoestring.runtime import PRECISIONS, UserError, Workers, atomic_write, default_workers, stream
 from shoestring.sampling.guidance import GuidedDenoiser, LeftOut
+from shoestring.sampling.lowres import check_low, low_latents
 from shoestring.sampling.samplers import solve
 from shoestring.sampling.solvers import Noise, OnStep
 from shoestring.tensors import Float, UInt8
@@ -155,6 +156,7 @@ class Pipeline:
         strength: float = 1.0,
         on_step: Callable[[int, Tensor], None] | None = None,
         piece: int | None = None,
+        low: UInt8[Tensor, "B 3 h w"] | None = None,
     ) -> UInt8[Tensor, "B 3 H W"]:
         """Draw one picture for each prompt.
 
@@ -169,6 +171,7 @@ class Pipeline:
             on_step: called with the step's number and the pictures as estimated so far.
             piece: pictures that a worker takes at once, so that results do not depend on how many workers
                 there are; ``None`` = one piece a worker.
+            low: small pictures to enlarge, of super-resolution models.
 
         Returns:
             Pixels, on the CPU.
@@ -185,6 +188,18 @@ class Pipeline:
             [torch.rand(patches[0] * patches[1], generator=stream(seed, "tokens", i)) for i in images]
         ).to(self.device)
         conditioning, against = self._captions(prompts, negative)
+        if (low is None) != (self.config.superres is None):
+            raise UserError(
+                f"{self.config.name} draws from words, and a small picture is given; use shoestring sample"
+                if low is not None
+                else f"{self.config.name} enlarges pictures and draws nothing from words alone; use "
+                "shoestring upscale, or shoestring eval with a protocol of crops"
+            )
+        if low is not None and self.config.superres is not None:
+            check_low(low, self.resolution, self.config.superres.factor)
+            image = low_latents(low, self.config.superres.factor, self.codec).to(self.device)
+            conditioning = replace(conditioning, image=image)
+            against = None if against is None else replace(against, image=image)
         begin = None
         if start is not None:
             moments = self.codec.encode(start).to(self.device)

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from shoestring.config import RunConfig, SamplingConfig
+from shoestring.config import RunConfig, SamplingConfig, SuperResConfig
 from shoestring.data.records import Splits
-from shoestring.evaluation.digests import digest_of, file_digest
-from shoestring.evaluation.drawing import Wish, draw, wishes
+from shoestring.evaluation.crops import Crops
+from shoestring.evaluation.digests import digest_of, file_digest, pictures_digest
+from shoestring.evaluation.drawing import Low, Wish, draw, wishes
 from shoestring.evaluation.geneval import Prompt, make_prompts, read_prompts
 from shoestring.evaluation.protocol import NOT_RESULTS, Protocol
 from shoestring.evaluation.questions import Questioned, read_questions
@@ -25,6 +27,8 @@ from shoestring.sampling.generate import Pipeline, class_prompts, find_model, lo
 from shoestring.training.display import LiveLine, duration
 from shoestring.training.stage_data import real_pictures
 
+CROPS_IN_DIGEST = 100
+"""The first ones, as reading all takes long."""
 SHAPE_PROMPTS = 50
 """Of each task of ShapeEval."""
 
@@ -37,6 +41,7 @@ class Asked:
     geneval: tuple[Prompt, ...] = ()
     shapes: tuple[ShapePrompt, ...] = ()
     questioned: tuple[Questioned, ...] = ()
+    crops: Crops | None = None
 
 
 class Evaluation:
@@ -79,6 +84,15 @@ class Evaluation:
             "sampling": self.sampling.model_dump(mode="json"),
             "resolution": self.pipeline.resolution,
         }
+        if self.asked.crops is not None:
+            crops = self.asked.crops
+            first = [crops[i] for i in range(min(CROPS_IN_DIGEST, len(crops)))]
+            self.facts["crops"] = {
+                "pictures": crops.sources,
+                "digest": pictures_digest(first),
+                "factor": self.degradation.factor,
+                "degradation": protocol.degradation,
+            }
         self.model: dict[str, Any] = {
             "file": str(self.file),
             "name": config.name,
@@ -116,6 +130,15 @@ class Evaluation:
         geneval: tuple[Prompt, ...] = ()
         shapes: tuple[ShapePrompt, ...] = ()
         questioned: tuple[Questioned, ...] = ()
+        if (protocol.prompts == "crops") != (self.config.superres is not None):
+            what = "enlarges pictures" if self.config.superres is not None else "draws from words"
+            raise UserError(
+                f"protocol {protocol.name}: prompts={protocol.prompts}, but {self.config.name} {what}; "
+                "protocols of crops (superres, div2k-sr) are for models of shoestring adapt superres"
+            )
+        if protocol.prompts == "crops":
+            crops = self._crops()
+            return Asked(tuple(wishes([""] * len(crops), protocol.seeds)), crops=crops)
         if protocol.prompts == "geneval":
             file = protocol.prompts_file
             geneval = make_prompts() if file is None else read_prompts(Path(file))
@@ -140,6 +163,34 @@ class Evaluation:
                 )
             wanted = wanted[: protocol.count]
         return Asked(tuple(wanted), geneval, shapes, questioned)
+
+    def _crops(self) -> Crops:
+        """The pictures that are made small."""
+        protocol, side = self.protocol, self.pipeline.resolution
+        if protocol.crops_folder is not None:
+            return Crops(Path(protocol.crops_folder), side, protocol.count, protocol.seeds[0])
+        held = self.splits().held_out.images
+        if not len(held):
+            raise UserError(
+                f"protocol {protocol.name}: the run holds no pictures out of training; set crops_folder=DIR"
+            )
+        if protocol.count is not None and protocol.count > len(held):
+            raise UserError(
+                f"protocol {protocol.name}: count is {protocol.count:,}, but {len(held):,} pictures are held "
+                "out; lower it, or set crops_folder=FOLDER"
+            )
+        return Crops(held, side, protocol.count, protocol.seeds[0])
+
+    def low(self, numbers: Sequence[int]) -> Tensor:
+        """Crops made small, as the protocol asks for."""
+        assert self.asked.crops is not None
+        return self.asked.crops.low(numbers, self.degradation)
+
+    @property
+    def degradation(self) -> SuperResConfig:
+        """The model's factor, the protocol's way of making pictures small."""
+        assert self.config.superres is not None
+        return self.config.superres.model_copy(update={"degradation": self.protocol.degradation})
 
     def _captions(self) -> list[str]:
         protocol = self.protocol
@@ -171,7 +222,14 @@ class Evaluation:
         """Draw this process's share."""
         batch = self.protocol.micro_batch
         draw_shown(
-            self.pipeline, self.pictures, self.asked.wanted, self.sampling, batch, self.console, self.share
+            self.pipeline,
+            self.pictures,
+            self.asked.wanted,
+            self.sampling,
+            batch,
+            self.console,
+            self.share,
+            None if self.asked.crops is None else self.low,
         )
 
 
@@ -183,6 +241,7 @@ def draw_shown(
     micro_batch: int,
     console: Console,
     share: tuple[int, int] = (0, 1),
+    low: Low | None = None,
 ) -> None:
     """As :func:`shoestring.evaluation.drawing.draw`, with a line that says how far it is.
 
@@ -194,6 +253,7 @@ def draw_shown(
         micro_batch: pictures at once.
         console: where the line is shown.
         share: which process of how many this is.
+        low: gives the small pictures of some numbers, of super-resolution models.
     """
     total = pictures_of_share(len(wanted), micro_batch, share)
     price, began = pipeline.config.logging.usd_per_hour, time.monotonic()
@@ -206,7 +266,7 @@ def draw_shown(
                 f"{duration(spent / done * (total - done))} left  ${spent / 3600 * price:,.2f}"
             )
 
-        draw(pipeline, folder, wanted, sampling, micro_batch, share, tell)
+        draw(pipeline, folder, wanted, sampling, micro_batch, share, tell, low)
 
 
 def pictures_of_share(count: int, batch: int, share: tuple[int, int]) -> int:

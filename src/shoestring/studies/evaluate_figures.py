@@ -37,6 +37,7 @@ from shoestring.evaluation.validation import loss_of_pictures
 from shoestring.runtime import UserError, say, write_text
 from shoestring.studies.evaluate import Evaluation
 from shoestring.studies.evaluate_networks import CLIP_SCORE, OWN, Networks
+from shoestring.studies.evaluate_paired import Paired
 from shoestring.studies.evaluate_reference import Pictures, Reference
 
 PACKAGES = ("torch", "numpy", "Pillow", "transformers")
@@ -59,7 +60,9 @@ class Measuring:
         self.networks = Networks(evaluation.protocol, evaluation.device)
         features = evaluation.folder.parent / "features"
         side, console = evaluation.pipeline.resolution, evaluation.console
-        self.reference = Reference(self.protocol, self.splits, side, features, self.facts, console)
+        crops = self.asked.crops
+        self.degradation = evaluation.degradation if crops is not None else None
+        self.reference = Reference(self.protocol, self.splits, side, features, self.facts, console, crops)
         self.networks.load()
         self.facts["extractors"] = self.networks.digests()
         self.left_out = self._too_few()
@@ -124,6 +127,8 @@ class Measuring:
             "shapeeval": self._shapes,
             "questions": self._questions,
         }
+        if self.asked.crops is not None and self.degradation is not None:
+            others |= Paired(self.asked.crops, self.degradation, self.reference, self.networks).metrics()
         for kind, measure in others.items():
             if kind in self.protocol.metrics and kind not in self.left_out:
                 result.figures |= measure(pictures, result)

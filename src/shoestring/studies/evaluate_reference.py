@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from shoestring.data.records import CaptionedImages, Splits
+from shoestring.data.records import Splits
+from shoestring.evaluation.crops import Crops
 from shoestring.evaluation.digests import file_digest, pictures_digest
 from shoestring.evaluation.distances import frechet_distance, kernel_distance
 from shoestring.evaluation.extractor import Extractor, kept_outputs
@@ -36,6 +37,7 @@ class Reference:
         folder: of features that were computed.
         facts: of the result; what was compared with is written there.
         console: where a person reads.
+        crops: of super-resolution.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class Reference:
         folder: Path,
         facts: dict[str, Any],
         console: Console,
+        crops: Crops | None = None,
     ) -> None:
         self.protocol, self.splits, self.side, self.folder = protocol, splits, side, folder
-        self.facts, self.console = facts, console
+        self.facts, self.console, self.crops = facts, console, crops
         self._read: dict[Path, Tensor] = {}
 
     def features(self, extractor: Extractor, what: str, pictures: Pictures) -> tuple[Tensor, ...]:
@@ -109,11 +112,11 @@ class Reference:
                         self.facts["reference"][f"{extractor.name}.{name}"] = value
                 return moments
             return self.features(extractor, "reference", self._pictures_of(file))[measure.output]
-        images = self.pictures.images
+        images: Pictures = self.pictures
         self.facts["reference"] = {
             "pictures": len(images),
             "digest": pictures_digest(images),
-            "side": images.shape[-1],
+            "side": images[0].shape[-1],
         }
         return self.features(extractor, self.protocol.reference, images)[measure.output]
 
@@ -137,14 +140,17 @@ class Reference:
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:count]
         self.facts["floor"] = {"pictures": len(order)}
         real = self.features(extractor, "training", training[order])[measure.output]
-        held = self.features(extractor, "held-out", self.pictures.images)[measure.output]
+        held = self.features(extractor, "held-out", self.pictures)[measure.output]
         kernel = name.startswith(("kid", "kdd"))
         value = kernel_distance(real, held).mean if kernel else frechet_distance(real, held)
         return {f"{name.replace('-', '_')}_floor": Figure(value)}
 
     @cached_property
-    def pictures(self) -> CaptionedImages:
-        """Of the run, training or held-out; a mistake if the protocol has none, or there are too few."""
+    def pictures(self) -> Pictures:
+        """Of the run, training or held-out, or crops; a mistake if there are none, or too few."""
+        if self.protocol.reference == "crops":
+            assert self.crops is not None
+            return self.crops
         if self.protocol.reference == "none":
             raise UserError(
                 f"protocol {self.protocol.name}: its metrics compare with real pictures, reference is none"
@@ -155,7 +161,7 @@ class Reference:
                 f"protocol {self.protocol.name}: reference={self.protocol.reference} has {len(found)} "
                 "pictures; at least 2 are needed (data.held_out keeps some out of training)"
             )
-        return found
+        return found.images
 
     # -- files ---------------------------------------------------------------------------------------------
 

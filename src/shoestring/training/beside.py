@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shoestring.config import RunConfig, TransformerConfig
+from shoestring.data.degradation import enlarged
 from shoestring.evaluation.validation import validation_loss
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.models.moe import expert_report, expert_statistics
@@ -144,7 +145,12 @@ def pipeline_of(
 
 
 def draw_shared(
-    learner: Learner, pipeline: Pipeline, prompts: Sequence[str], seed: int, at_once: int
+    learner: Learner,
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    seed: int,
+    at_once: int,
+    low: UInt8[Tensor, "B 3 h w"] | None = None,
 ) -> UInt8[Tensor, "B 3 H W"]:
     """Draw with the averaged weights; every rank draws its share, and all get all pictures.
 
@@ -154,6 +160,7 @@ def draw_shared(
         prompts: one for each picture.
         seed: of the noise.
         at_once: pictures that a rank draws together.
+        low: small pictures to enlarge, of super-resolution models.
 
     Returns:
         The pictures.
@@ -166,7 +173,9 @@ def draw_shared(
             place = first + parallel.rank
             # Where weights are shared out, all ranks run the network together: also one without a piece.
             piece = pieces[min(place, len(pieces) - 1)]
-            pictures = pipeline.draw([prompts[i] for i in piece], seed, piece, pipeline.config.sampling)
+            sampling, wanted = pipeline.config.sampling, [prompts[i] for i in piece]
+            small = None if low is None else low[list(piece)]
+            pictures = pipeline.draw(wanted, seed, piece, sampling, low=small)
             if place < len(pieces):
                 mine |= dict(zip(piece, pictures, strict=True))
     placed = {i: picture for part in parallel.gathered(mine) for i, picture in part.items()}
@@ -175,6 +184,8 @@ def draw_shared(
 
 def sample_grid(learner: Learner, pipeline: Pipeline, data: StageData, folder: Path) -> Path:
     """Draw a grid with the averaged weights; every rank draws its share.
+
+    Super-resolution models enlarge held-out pictures; above each row stands what bicubic makes of them.
 
     Args:
         learner: whose average draws.
@@ -186,8 +197,15 @@ def sample_grid(learner: Learner, pipeline: Pipeline, data: StageData, folder: P
         The picture; written by the first rank.
     """
     config, parallel, nimg = pipeline.config, learner.parallel, pipeline.nimg
-    prompts = grid_prompts(config, data)
-    grid = draw_shared(learner, pipeline, prompts, config.seed, math.ceil(len(prompts) / parallel.ranks))
+    prompts, low = grid_prompts(config, data), None
+    if config.superres is not None:
+        low = data.small_pictures(GRID_PICTURES)
+        prompts = [""] * len(low)
+    at_once = math.ceil(len(prompts) / parallel.ranks)
+    grid = draw_shared(learner, pipeline, prompts, config.seed, at_once, low)
+    if low is not None and config.superres is not None:
+        rows = zip(enlarged(low, config.superres.factor).split(8), grid.split(8), strict=True)
+        grid = torch.cat([picture for pair in rows for picture in pair])
     path = folder / f"{nimg:09d}.png"
     if parallel.first:
         zoom = max(1, 64 // data.resolution)

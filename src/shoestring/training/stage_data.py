@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from shoestring.models.routing import build_method, method_class
 from shoestring.planning import model_flops, patch_grid
 from shoestring.runtime import UserError, say
 from shoestring.sampling.guidance import check_guidance
+from shoestring.sampling.lowres import made_small, training_image
 from shoestring.training.checks import non_finite_records, source_of
 from shoestring.training.folder import remember
 from shoestring.training.step import Draws, TrainingBatch
@@ -100,9 +102,11 @@ class StageData:
         path_dropped_B = None
         if method_class(config.tokens).drops_paths:
             path_dropped_B = self._send(draws.path_B < config.tokens.path_drop)
+        numbers = range(first, first + len(rows))
+        conditioning = self._with_image(self.conditioning(rows), rows, self.train.codec, numbers)
         return TrainingBatch(
             x0=self._send(self.train.codec.latents(rows.moments_BMhw, draws.posterior)),
-            conditioning=self.conditioning(rows).drop(dropped_B),
+            conditioning=conditioning.drop(dropped_B),
             noise=self._send(draws.noise),
             level_B=self._send(draws.level_B),
             mask_BL=self._send(draws.mask_BL),
@@ -146,7 +150,36 @@ class StageData:
         rows = data.some(count)
         shape = (len(rows), data.codec.channels, *rows.moments_BMhw.shape[2:])
         x0 = data.codec.latents(rows.moments_BMhw, torch.zeros(shape))
-        return x0.to(self.device), self.conditioning(rows), self.held_out is not None
+        conditioning = self._with_image(self.conditioning(rows), rows, data.codec, range(len(rows)))
+        return x0.to(self.device), conditioning, self.held_out is not None
+
+    def _with_image(
+        self, conditioning: Conditioning, rows: Batch, codec: ImageCodec, numbers: Sequence[int]
+    ) -> Conditioning:
+        """With small pictures made of the rows' own, for super-resolution."""
+        superres = self.config.superres
+        if superres is None:
+            return conditioning
+        shape = (len(rows), codec.channels, *rows.moments_BMhw.shape[2:])
+        x0 = codec.latents(rows.moments_BMhw, torch.zeros(shape))
+        image = training_image(x0, codec, superres, self.config.seed, numbers)
+        return replace(conditioning, image=self._send(image))
+
+    def small_pictures(self, count: int) -> Tensor:
+        """Held-out pictures (training ones where nothing is held out) made small, to draw from.
+
+        Args:
+            count: at most so many.
+
+        Returns:
+            uint8 ``B 3 h w``.
+        """
+        assert self.config.superres is not None
+        data = self.held_out if self.held_out is not None else self.train
+        rows = data.some(count)
+        shape = (len(rows), data.codec.channels, *rows.moments_BMhw.shape[2:])
+        pictures = data.codec.decode(data.codec.latents(rows.moments_BMhw, torch.zeros(shape))).cpu()
+        return made_small(pictures, self.config.superres, 0, range(len(rows)))
 
     def conditioning(self, rows: Batch) -> Conditioning:
         """The condition of some rows on the device, captions cut to the longest where padding is unseen.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from shoestring.config import ModelConfig, RunConfig, TransformerConfig, UNetConfig
-from shoestring.models.files import is_own, load_weights, read_header
+from shoestring.models.files import Header, is_own, load_weights, read_header
 from shoestring.models.network import BaseNetwork
 from shoestring.models.released import load_released, read_tensors
 from shoestring.models.transformer import DiffusionTransformer
@@ -38,7 +40,7 @@ def initial_weights(config: RunConfig, network: BaseNetwork) -> None:
     if is_own(path):
         header = read_header(path, None)
         _check_same_model(config.model, header.config.model, path)
-        load_weights(network, header.tensors, str(path))
+        load_weights(network, {**_image_weights(network, header), **header.tensors}, str(path))
     elif not isinstance(network, DiffusionTransformer):
         raise UserError(
             f"initial_weights: {path} is not a file of shoestring, and model.kind=unet has no other layout; "
@@ -47,6 +49,14 @@ def initial_weights(config: RunConfig, network: BaseNetwork) -> None:
     else:
         load_released(network, read_tensors(path), str(path))
     network.pos_embed = network.decoder_pos_embed = None
+
+
+def _image_weights(network: BaseNetwork, header: Header) -> dict[str, Tensor]:
+    """The zero weights for a small picture, where the network has some and the file has none."""
+    if not network.config.image_channels or header.config.model.image_channels:
+        return {}
+    names = ("image_embedder.", "unet.conv_in.image.")
+    return {name: p.detach() for name, p in network.named_parameters() if name.startswith(names)}
 
 
 def _check_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> None:

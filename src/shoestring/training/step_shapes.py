@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ def trace_shapes(model: TransformerConfig, tokens: TokensConfig, shapes: Sequenc
             network(
                 torch.zeros(1, model.in_channels, grid[0] * side, grid[1] * side),
                 torch.zeros(1),
-                _condition(model, captions),
+                _condition(model, captions, (grid[0] * side, grid[1] * side)),
                 visible_BK,
             )
             for handle in handles:
@@ -163,11 +163,11 @@ def _watch(network: nn.Module, traced: Traced, images: Sequence[int], captions: 
     return handles
 
 
-def _condition(model: TransformerConfig, captions: int) -> Conditioning:
+def _condition(model: TransformerConfig, captions: int, size: tuple[int, int]) -> Conditioning:
+    image = torch.zeros(1, model.image_channels, *size) if model.image_channels else None
     if model.condition == "class":
-        return Conditioning(class_B=torch.zeros(1, dtype=torch.long))
+        return Conditioning(class_B=torch.zeros(1, dtype=torch.long), image=image)
     if model.condition == "none":
-        return Conditioning.nothing(1, "meta")
-    return Conditioning(
-        torch.zeros(1, captions, model.caption_dim), torch.ones(1, captions, dtype=torch.bool)
-    )
+        return replace(Conditioning.nothing(1, "meta"), image=image)
+    mask_BS = torch.ones(1, captions, dtype=torch.bool)
+    return Conditioning(torch.zeros(1, captions, model.caption_dim), mask_BS, image=image)

@@ -1,0 +1,152 @@
+"""Super-resolution from a pretrained model: the recipe of its fine-tuning, and tiles for large pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shoestring.config import RunConfig, StageConfig, SuperResConfig
+from shoestring.models.files import read_header
+from shoestring.runtime import UserError
+from shoestring.sampling.generate import Pipeline, find_model
+from shoestring.tensors import UInt8
+
+
+def superres_recipe(
+    base: Path,
+    superres: SuperResConfig,
+    name: str,
+    nimg: int,
+    batch: int,
+    lr: float,
+) -> RunConfig:
+    """The recipe that teaches a pretrained model to enlarge pictures.
+
+    The model gets further input channels for the small picture, whose weights are zero, so that at step 0 it
+    is the base. Everything else is the base's: data, codec, process, optimiser, the noise of its last stage.
+
+    Args:
+        base: run folder, checkpoint folder or model file.
+        superres: factor and degradation.
+        name: of the run.
+        nimg: images to train on.
+        batch: of a step.
+        lr: learning rate, warmed up over a twentieth.
+
+    Returns:
+        A recipe that ``shoestring train`` can run as well.
+
+    Raises:
+        UserError: if the base cannot be read, or enlarges pictures already.
+    """
+    path = find_model(base)
+    header = read_header(path)
+    config = header.config
+    if config.superres is not None:
+        raise UserError(f"{path} enlarges pictures already; go on with shoestring train and initial_weights")
+    side = header.facts.resolution
+    last = next((s for s in reversed(config.stages) if s.resolution == side), config.stages[-1])
+    stage = last.model_dump() | {
+        "name": "superres",
+        "nimg": nimg,
+        "batch": batch,
+        "micro_batch": None,
+        "mask_ratio": 0.0,
+        "mask_ratio_end": None,
+        "lr": lr,
+        "warmup_nimg": nimg // 20,
+        "lr_schedule": "linear",
+        "lr_end_ratio": 0.1,
+        "ema_decay": last.ema_decay if last.ema_decay is not None else 0.999,
+        "ema_start_nimg": 0,
+    }
+    values = config.model_dump() | {
+        "name": name,
+        "model": config.model.model_dump() | {"image_channels": config.model.in_channels},
+        "superres": superres.model_dump(),
+        "stages": [StageConfig(**stage).model_dump()],
+        "initial_weights": str(path.resolve()),
+        "sampling": config.sampling.model_dump() | {"guidance": 1.0},
+        "logging": config.logging.model_dump()
+        | {
+            "kid_nimg": None,
+            "prompts": (),
+            "log_nimg": max(batch, nimg // 50),
+            "validate_nimg": max(batch, nimg // 5),
+            "sample_nimg": max(batch, nimg // 5),
+            "checkpoint_nimg": max(batch, nimg // 5),
+        },
+    }
+    return RunConfig.model_validate(values)
+
+
+def upscale(
+    pipeline: Pipeline,
+    picture: UInt8[Tensor, "3 h w"],
+    seed: int,
+    overlap: int,
+    on_tile: Callable[[int, int], object] = lambda done, total: None,
+) -> UInt8[Tensor, "3 H W"]:
+    """Enlarge a picture of any size, tile by tile.
+
+    Tiles overlap, and are blended linearly where they do; each has noise of its own.
+
+    Args:
+        pipeline: of a super-resolution model.
+        picture: at least as large as one small tile.
+        seed: of the noise.
+        overlap: pixels of the small picture that neighbours share.
+        on_tile: called after each tile with the number done and of all.
+
+    Returns:
+        The enlarged picture.
+
+    Raises:
+        UserError: if the model does not enlarge, or the picture is smaller than a tile.
+    """
+    superres = pipeline.config.superres
+    if superres is None:
+        raise UserError(
+            f"{pipeline.config.name} draws from words and does not enlarge; make a model that does with "
+            "shoestring adapt superres"
+        )
+    factor, tile = superres.factor, pipeline.resolution // superres.factor
+    height, width = picture.shape[1:]
+    if min(height, width) < tile:
+        raise UserError(
+            f"the picture has {width} x {height} pixels; this model enlarges tiles of {tile}, so it needs at "
+            "least that"
+        )
+    if not 0 <= overlap < tile:
+        raise UserError(f"--overlap is {overlap}; it must be 0 or more and below the tile's {tile} pixels")
+    places = [(top, left) for top in _starts(height, tile, overlap) for left in _starts(width, tile, overlap)]
+    total = torch.zeros(3, height * factor, width * factor)
+    weights = torch.zeros(height * factor, width * factor)
+    window = _window(tile * factor, overlap * factor)
+    for number, (top, left) in enumerate(places):
+        low = picture[None, :, top : top + tile, left : left + tile]
+        drawn = pipeline.draw([""], seed, [number], pipeline.config.sampling, low=low)[0]
+        rows = slice(top * factor, (top + tile) * factor)
+        columns = slice(left * factor, (left + tile) * factor)
+        total[:, rows, columns] += drawn.float() * window
+        weights[rows, columns] += window
+        on_tile(number + 1, len(places))
+    return (total / weights).round().clamp(0, 255).to(torch.uint8)
+
+
+def _starts(length: int, tile: int, overlap: int) -> Sequence[int]:
+    """Where tiles begin: in steps of tile less overlap, the last one at the end."""
+    step = tile - overlap
+    starts = list(range(0, length - tile, step))
+    return [*starts, length - tile]
+
+
+def _window(side: int, overlap: int) -> Tensor:
+    """Weights of a tile: 1, falling linearly over the overlap towards its edges, nowhere 0."""
+    places = torch.arange(side, dtype=torch.float32)
+    edge = torch.minimum(places + 1, side - places)
+    ramp = (edge / (overlap + 1)).clamp(max=1)
+    return ramp[:, None] * ramp[None, :]
