@@ -15,6 +15,7 @@ from shoestring.config import (
     LoggingConfig,
     MixerConfig,
     ModelConfig,
+    NoiseConfig,
     OptimizerConfig,
     ProcessConfig,
     Ramp,
@@ -30,7 +31,8 @@ STEPS = (4, 6, 8, 10, 20, 50, 100)
 GUIDANCE = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 SAMPLERS = ("ddim", "ddpm", "dpmpp-2m", "heun")
 """The paper's three, and EDM's."""
-LR = 1e-3
+LR = 2e-3
+"""Of 1e-3, 2e-3 and 4e-3 the best on 12,800 images with 16 channels; steps of 32 beat steps of 64."""
 MEASURED = (1 / 8, 1 / 4, 1 / 2, 1.0)
 """Shares of its images after which every training is measured."""
 
@@ -98,7 +100,7 @@ PRESETS = {
         classes=10,
         resolution=16,
         nimg=61_440,
-        batch=128,
+        batch=32,
         samples=500,
         sizes=_UNETS + _TRANSFORMERS,
     ),
@@ -109,7 +111,7 @@ PRESETS = {
         classes=1,
         resolution=32,
         nimg=61_440,
-        batch=128,
+        batch=32,
         samples=500,
         sizes=_UNETS + _TRANSFORMERS,
     ),
@@ -185,6 +187,7 @@ def recipe(preset: Preset, training: Training, data_path: str | None, nimg: int)
         lr=LR,
         warmup_nimg=nimg // 20,
         clip_norm=1.0,
+        noise=NoiseConfig(mean=-1.2, std=1.2),
         ema_decay=0.999,
         ema_rampup=0.1,
     )
@@ -193,7 +196,8 @@ def recipe(preset: Preset, training: Training, data_path: str | None, nimg: int)
         seed=training.seed,
         model=_network(preset, training.size, 256 if text else 64),
         tokens=TokensConfig(method="dense"),
-        process=ProcessConfig(kind="ddpm", prediction="epsilon", schedule="linear"),
+        # Of so few steps epsilon makes noise only: what little it errs at pure noise counts 157-fold in x0.
+        process=ProcessConfig(kind="edm", sigma_data=0.5),
         data=DataConfig(
             source=preset.source,
             path=data_path,
