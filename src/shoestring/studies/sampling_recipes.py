@@ -31,8 +31,8 @@ STEPS = (4, 6, 8, 10, 20, 50, 100)
 GUIDANCE = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 SAMPLERS = ("ddim", "ddpm", "dpmpp-2m", "heun")
 """The paper's three, and EDM's."""
-LR = 2e-3
-"""Of 1e-3, 2e-3 and 4e-3 the best on 12,800 images with 16 channels; steps of 32 beat steps of 64."""
+LR = 7e-4
+"""At 2e-3 the widest U-Net breaks down after 100 steps; at 1e-3 its gradients grow."""
 MEASURED = (1 / 8, 1 / 4, 1 / 2, 1.0)
 """Shares of its images after which every training is measured."""
 
@@ -185,7 +185,7 @@ def recipe(preset: Preset, training: Training, data_path: str | None, nimg: int)
         batch=preset.batch,
         resolution=preset.resolution,
         lr=LR,
-        warmup_nimg=nimg // 20,
+        warmup_nimg=nimg // 10,
         clip_norm=1.0,
         noise=NoiseConfig(mean=-1.2, std=1.2),
         ema_decay=0.999,
