@@ -364,13 +364,47 @@ def test_wrong_settings_are_a_sentence(settings, sentence):
 
 def test_more_steps_than_timesteps_are_refused():
     process = build_process(ProcessConfig(kind="ddpm", timesteps=10), None)
-    with pytest.raises(UserError, match=r"sampling\.steps is 10, but the process has 10 timesteps"):
-        process.grid(SamplingConfig(), 10)
+    assert len(process.grid(SamplingConfig(), 10)) == 11
+    with pytest.raises(UserError, match=r"sampling\.steps is 11, but the process has 10 timesteps"):
+        process.grid(SamplingConfig(), 11)
+    with pytest.raises(UserError, match=r"sampling\.steps is 10, but"):
+        process.grid(SamplingConfig(spacing="leading"), 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"spacing": "rho", "sigma_min": 20.0}, "so the grid would rise"),
+        ({"spacing": "log-snr", "sigma_max": 0.01, "sigma_min": 0.001}, "so the grid would rise"),
+        ({"spacing": "table", "sigmas": (500.0, 3.0, 0.1)}, "leave out what is beyond them"),
+    ],
+)
+def test_grids_beyond_what_was_trained_are_refused(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        PROCESS.grid(SamplingConfig(**settings), 8)
 
 
 def test_an_order_above_the_steps_is_lowered_and_said():
-    assert lowered_order(SamplingConfig(sampler="dpmpp-3m", steps=2)) == (
-        "dpmpp-3m is of order 3, but there are 2 steps: it runs with order 2"
+    assert lowered_order(SamplingConfig(sampler="dpmpp-3m", steps=3)) == (
+        "dpmpp-3m is of order 3, but with 3 steps it reaches order 2 (the last step is of order 1)"
     )
     for name, sampler in SAMPLERS.items():
-        assert lowered_order(SamplingConfig(sampler=name, steps=sampler.order)) is None
+        assert lowered_order(SamplingConfig(sampler=name, steps=sampler.order + 1)) is None
+
+
+@pytest.mark.parametrize("name", ["dpmpp-2m", "dpmpp-3m", "dpmpp-2s", "dpmpp-3s", "unipc"])
+def test_what_is_said_of_the_order_is_what_happens(name):
+    """With two steps all are Euler; with three those of third order are those of second."""
+    process = EDMProcess(0.5)
+
+    def made(sampler, steps):
+        grid = process.grid(SamplingConfig(), steps)
+        return ours(sampler, grid, grid[0][1] * drawn())
+
+    assert torch.allclose(made(name, 2), made("euler", 2), atol=1e-10)
+    assert "reaches order 1" in lowered_order(SamplingConfig(sampler=name, steps=2))
+    if name in ("dpmpp-3m", "dpmpp-3s"):
+        assert torch.allclose(made(name, 3), made(name.replace("3", "2"), 3), atol=1e-10)
+    else:
+        assert lowered_order(SamplingConfig(sampler=name, steps=3)) is None
+        assert not torch.allclose(made(name, 3), made("euler", 3), atol=1e-4)

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from shoestring.cli.main import app
 from shoestring.planning.advice import Wishes, choose
 from shoestring.planning.cost import Machine
-from shoestring.planning.evidence import best_at, candidates
+from shoestring.planning.evidence import candidates
 from shoestring.planning.machines import gpu
 from shoestring.planning.scaling import fit_power_law, interpolated, iso_flop
 from shoestring.runtime import UserError
@@ -67,15 +67,32 @@ def test_quality_is_read_off_the_curves_and_not_beyond_them():
 # -- published evidence -----------------------------------------------------------------------------------
 
 
-def test_the_published_order_at_each_sampling_cost():
-    assert [(c.size, c.fid) for c in best_at(6)] == [("145m", 19.0), ("866m", 26.0)]
-    assert [(c.size, c.fid) for c in best_at(12)] == [("145m", 17.0), ("866m", 20.0)]
-    assert [c.size for c in best_at(3)] == ["83m"]
-    assert best_at(1) == []
+def wishes(budget, images=1e6, latency=None, usd=3.75, gpus=8, cost=None):
+    return Wishes(budget, images, latency, Machine(gpu("h100"), gpus, 0.35, usd), max_cost=cost)
 
 
-def wishes(budget, images=1e6, latency=None, usd=3.75, gpus=8):
-    return Wishes(budget, images, latency, Machine(gpu("h100"), gpus, 0.35, usd))
+@pytest.mark.parametrize(
+    ("cost", "best", "then"),
+    [(3, ("83M", None), None), (6, ("145M", 19.0), ("866M", 26.0)), (12, ("145M", 17.0), ("866M", 20.0))],
+)
+def test_the_published_order_at_each_sampling_cost(cost, best, then):
+    choice, priced = choose(candidates(), wishes(1e6, images=1e3, cost=cost))
+    assert (choice.candidate.size, choice.candidate.quality) == best
+    if then is not None:  # at the same cost
+        same = [p.candidate for p in priced if p.candidate.cost == cost and not p.problem]
+        assert [(c.size, c.quality) for c in same] == [best, then]
+
+
+def test_a_whole_training_is_taken_before_part_of_a_larger_one():
+    choice, priced = choose(candidates(), wishes(8000))
+    assert (choice.candidate.size, choice.training_share) == ("866M", 1.0)
+    assert any(p.candidate.size == "2B" and not p.problem and p.training_share < 1 for p in priced)
+
+
+def test_free_machines_cost_nothing():
+    choice, _ = choose(candidates(), wishes(1, usd=0))
+    assert choice.total_usd == 0
+    assert choice.training_share == 1
 
 
 def test_a_larger_budget_never_buys_a_worse_tier():
@@ -128,6 +145,9 @@ def test_advise_answers_with_sources():
         ("--budget 0", "--budget is 0; it must be above 0 dollars"),
         ("--budget 9 --max-latency soon", "--max-latency is 'soon'"),
         ("--budget 9 --gpu a100", "--price is not set"),
+        ("--budget 9 --images nan", "--images is nan"),
+        ("--budget 9 --max-cost 0", "--max-cost is 0"),
+        ("--budget 9 --metric fd", "--study is not set"),
         ("--budget 9 --images -1", "--images is -1"),
         ("--budget 9 --sampling-mfu 2", "--sampling-mfu is 2"),
         ("--budget 9 --study nowhere", "nowhere does not exist"),
@@ -181,7 +201,7 @@ def study(tmp_path):
 
 def test_a_study_is_planned_from_its_rows(study):
     said = shoestring(f"plan study {study} --price 2")
-    assert "KID = a + b C^-c over training compute, 95 % intervals (measured here)" in said
+    assert "KID = a + b C^-c over training compute, 95 % (measured here, beyond predicted)" in said
     assert "The best size for a training budget" in said
     assert "The best network for a sampling cost" in said
     assert "Total cost of ownership with 1,000,000 pictures" in said
@@ -192,6 +212,22 @@ def test_advice_from_a_study_says_how_far_it_reaches(study):
     assert "Train large." in said
     assert "measured" in said
     assert "times the training compute of the largest training of the study" in said
+    assert "predicted by its fit" in said
+
+
+def test_cells_with_fewer_pictures_are_left_out(study):
+    from dataclasses import replace
+
+    few = replace(row("small", 1.0, 16000, 4, 0.001, 3.0), samples=16)
+    append_row(study / "results.parquet", few)
+    assert "0.001" not in shoestring(f"plan study {study} --price 2")
+
+
+def test_rows_of_another_seed_alone_are_a_study_too(tmp_path):
+    from dataclasses import replace
+
+    append_row(tmp_path / "results.parquet", replace(row("only", 1.0, 1000, 4, 0.5), seed=7))
+    assert "The study has one size only" in shoestring(f"plan study {tmp_path}")
 
 
 def test_a_study_of_one_size_has_no_choice(tmp_path):

@@ -10,11 +10,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from shoestring.adapt.superres import superres_recipe
 from shoestring.cli.main import app
-from shoestring.config import apply_overrides
+from shoestring.config import SuperResConfig, apply_overrides
 from shoestring.evaluation.distances import KernelReference, kernel_distance
 from shoestring.models.files import read_header, save_model
-from shoestring.runtime import UserError
+from shoestring.runtime import TrainingFailed, UserError
 from shoestring.sampling.generate import find_model
 from shoestring.studies import sampling_command, sampling_cost
 from shoestring.studies.sampling_analysis import Scale, best_guidance, best_within, budgets, front
@@ -23,6 +24,7 @@ from shoestring.studies.sampling_recipes import PRESETS, Preset, Size, recipe, t
 from shoestring.studies.sampling_report import winners
 from shoestring.studies.sampling_rows import Row, append_row, read_rows
 from shoestring.studies.sampling_search import coarse_to_fine, one_valley
+from shoestring.training.loop import train
 
 SMALL = Preset(
     name="small",
@@ -66,10 +68,13 @@ def job(out, **changes):
 def study(tmp_path_factory):
     out = tmp_path_factory.mktemp("sampling")
     PRESETS["small"] = SMALL
+    curves = sampling_cost.CURVE_SAMPLING
+    sampling_cost.CURVE_SAMPLING = curves.model_copy(update={"steps": 2})
     said = Console(record=True, width=200)
     assert run_sampling(job(out), said)
     yield out, said.export_text()
     del PRESETS["small"]
+    sampling_cost.CURVE_SAMPLING = curves
 
 
 def test_every_cell_is_a_row(study):
@@ -83,7 +88,7 @@ def test_every_cell_is_a_row(study):
     assert {row.nimg for row in rows} == {8, 16, 32, 64}  # quality against training compute
     assert all(math.isfinite(row.kid) and row.kid_error > 0 for row in rows)
     assert all(0 <= row.accuracy <= 1 for row in rows)
-    assert "dpmpp-3m is of order 3, but there are 2 steps: it runs with order 2" in said
+    assert "dpmpp-3m is of order 3, but with 2 steps it reaches order 1" in said
 
 
 def test_nothing_is_computed_twice(study, monkeypatch):
@@ -135,6 +140,45 @@ def test_given_networks_are_measured_like_trained_ones(study, tmp_path):
     trained = [r for r in read_rows(out / "results.parquet") if r.model == "microdit-32" and r.nimg == 64]
     same = next(r for r in trained if (r.sampler, r.steps, r.guidance) == ("ddim", 2, 1.5))
     assert rows["ddim", 2, 1.5].kid == same.kid
+    page = (tmp_path / "report.html").read_text()
+    assert "2 trainings of up to 64 images, 16 pictures a cell" in page
+    without = [replace(row, accuracy=math.nan) for row in read_rows(tmp_path / "results.parquet")]
+    (tmp_path / "results.parquet").unlink()
+    for each in without:
+        append_row(tmp_path / "results.parquet", each)
+    again = job(tmp_path, models=models, metric="accuracy", report_only=True)
+    with pytest.raises(UserError, match="--metric is accuracy, and no row"):
+        run_sampling(again, Console(quiet=True))
+
+
+def test_two_checkpoints_of_one_run_are_two_networks(study, tmp_path):
+    out, _ = study
+    folders = sorted((out / "models" / "unet-8-s0" / "checkpoints").iterdir())
+    found = sampling_cost.given_models([folders[0], folders[-1]], False, 4)
+    assert [model.name for model in found] == ["unet-8-s0", "unet-8-s0@64"]
+
+
+def test_a_diverged_training_does_not_end_the_study(study, tmp_path, monkeypatch):
+    def diverges(config, folder, console):
+        raise TrainingFailed("the loss is not finite")
+
+    monkeypatch.setattr(sampling_cost, "train", diverges)
+    said = Console(record=True, width=200)
+    assert run_sampling(job(tmp_path), said)
+    assert said.export_text().count("diverged: the loss is not finite") == 2
+
+
+def test_a_super_resolution_network_is_measured_without_guidance(study, tmp_path):
+    out, _ = study
+    base = find_model(out / "models" / "microdit-32-s0")
+    config = superres_recipe(base, SuperResConfig(factor=2), "larger", 16, 8, 1e-3)
+    assert train(config, tmp_path / "run", Console(quiet=True))
+    said = Console(record=True, width=200)
+    given = job(tmp_path / "study", models=(tmp_path / "run",), samplers=("ddim",), steps=(2,))
+    assert run_sampling(given, said)
+    (row,) = read_rows(tmp_path / "study" / "results.parquet")
+    assert row.guidance == 1
+    assert "larger enlarges pictures: guidance has nothing to leave out" in said.export_text()
 
 
 def test_networks_of_different_data_are_refused_unless_told(study, tmp_path):
@@ -146,8 +190,8 @@ def test_networks_of_different_data_are_refused_unless_told(study, tmp_path):
     models = (out / "models" / "unet-8-s0", tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"was trained on other data than .*--any-data"):
         run_sampling(job(tmp_path / "c", models=models), Console(quiet=True))
-    with pytest.raises(UserError, match="has the name unet-8-s0 and seed 0 too"):
-        run_sampling(job(tmp_path / "c", models=(models[0], models[0])), Console(quiet=True))
+    with pytest.raises(UserError, match="has the name unet-8-s0, seed 0 and 64 images seen too"):
+        run_sampling(job(tmp_path / "c", models=(models[0],) * 3), Console(quiet=True))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +200,9 @@ def test_networks_of_different_data_are_refused_unless_told(study, tmp_path):
         ({"preset": "huge"}, "--preset is 'huge'"),
         ({"metric": "beauty"}, "--metric is 'beauty'"),
         ({"samplers": ("magic",)}, "--sampler is 'magic'"),
-        ({"steps": (0,)}, "--steps is 0; it must be 1 or more"),
+        ({"steps": (0,)}, "--steps is 0; it must be from 1"),
+        ({"steps": (20_000,)}, "--steps is 20000; it must be from 1"),
+        ({"guidance": (math.nan,)}, "--guidance is nan"),
         ({"guidance": (-1.0,)}, "--guidance is -1"),
         ({"samples": 3}, "--samples is 3"),
         ({"only": ("unet-9",)}, "--only: 'unet-9' is unknown"),
@@ -232,6 +278,11 @@ ROWS = [
     row("large", 10.0, 4, 2.0, 0.5),
     row("large", 10.0, 20, 2.0, 0.1),
 ]
+
+
+def test_networks_of_equal_size_have_winners_too():
+    rows = [row("a", 1.0, 4, 2.0, 0.9), row("b", 1.0, 4, 2.0, 0.8), row("c", 3.0, 4, 2.0, 0.7)]
+    assert [w.model for _, w, _ in winners(rows, Scale.of(rows, False), "kid")][-1] == "c"
 
 
 def test_best_guidance_front_and_winners_at_a_cost():

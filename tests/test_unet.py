@@ -176,6 +176,8 @@ def test_a_recipe_survives_yaml_and_overrides():
         ("model.channels=10", r"model\.channels is 10; .* a multiple of 4"),
         ("model.depth=3", r"unknown key 'model\.depth'"),
         ("model.kind=microdat", r"model\.kind is .microdat.; it must be microdit, maskdit or unet"),
+        ("model.kind=microdit", r"model\.kind=microdit is another family of networks"),
+        ("superres.factor=2", r"superres is null, so superres\.factor cannot be changed alone"),
         ("model.attention=[true]", r"attention has 1 values and multipliers 4"),
         ("model.attention=[false, false, false, false]", r"attention is false everywhere"),
         ("tokens.method=tread", r"tokens\.method is tread, but model\.kind=unet"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shoestring.config import RunConfig, StageConfig, SuperResConfig
+from shoestring.config import RunConfig, SuperResConfig, from_json
 from shoestring.models.files import read_header
 from shoestring.runtime import UserError
 from shoestring.sampling.generate import Pipeline, find_model
@@ -26,7 +27,8 @@ def superres_recipe(
     """The recipe that teaches a pretrained model to enlarge pictures.
 
     The model gets further input channels for the small picture, whose weights are zero, so that at step 0 it
-    is the base. Everything else is the base's: data, codec, process, optimiser, the noise of its last stage.
+    is the base. Captions are left out. Everything else is the base's: data, codec, process, optimiser, the
+    noise of its last stage.
 
     Args:
         base: run folder, checkpoint folder or model file.
@@ -67,7 +69,9 @@ def superres_recipe(
         "name": name,
         "model": config.model.model_dump() | {"image_channels": config.model.in_channels},
         "superres": superres.model_dump(),
-        "stages": [StageConfig(**stage).model_dump()],
+        # Nobody gives captions when pictures are enlarged, so none are trained with.
+        "data": config.data.model_dump() | {"caption_drop": 1.0},
+        "stages": [stage],
         "initial_weights": str(path.resolve()),
         "sampling": config.sampling.model_dump() | {"guidance": 1.0},
         "logging": config.logging.model_dump()
@@ -80,7 +84,7 @@ def superres_recipe(
             "checkpoint_nimg": max(batch, nimg // 5),
         },
     }
-    return RunConfig.model_validate(values)
+    return from_json(json.dumps(values), "the recipe of super-resolution")
 
 
 def upscale(

@@ -71,15 +71,25 @@ def upscale(
     from shoestring.config import apply_overrides
     from shoestring.runtime import pick_device, say
     from shoestring.sampling.generate import load_pipeline, read_pixels, save_png, to_pil
+    from shoestring.sampling.samplers import lowered_order
     from shoestring.training.display import LiveLine
 
     console = Console()
     pipeline = load_pipeline(checkpoint, pick_device(device))
     changes = [f"sampling.{key}={value}" for key, value in (("steps", steps), ("sampler", sampler)) if value]
     pipeline = replace(pipeline, config=apply_overrides(pipeline.config, changes))
+    names = [path.stem for path in pictures]
     for path in pictures:
         if not path.is_file():
             raise UserError(f"{path} does not exist")
+        if names.count(path.stem) > 1:
+            raise UserError(
+                f"several pictures are called {path.stem}, and one would overwrite the other; enlarge them "
+                "into folders of their own with --out"
+            )
+    warning = lowered_order(pipeline.config.sampling)
+    if warning is not None:
+        say(console, warning)
     for path in pictures:
         with LiveLine(console) as line:
             made = enlarge(

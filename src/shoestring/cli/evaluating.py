@@ -61,12 +61,19 @@ def run(
 
     from shoestring.config import apply_overrides
     from shoestring.evaluation.protocol import find_protocol
+    from shoestring.models.files import read_header
+    from shoestring.sampling.generate import find_model
     from shoestring.studies.evaluate import Evaluation
     from shoestring.studies.evaluate_figures import evaluate
     from shoestring.studies.evaluate_page import write_page
     from shoestring.training.launch import Launcher, check_gpus, launched, without_nproc
 
-    chosen = apply_overrides(find_protocol(protocol), overrides or [])
+    chosen = find_protocol(protocol)
+    if chosen.sampling is None and any(each.startswith("sampling.") for each in overrides or []):
+        # null stands for the recipe's own, and that is what is changed.
+        own = read_header(find_model(checkpoint)).config.sampling
+        chosen = chosen.model_copy(update={"sampling": own})
+    chosen = apply_overrides(chosen, overrides or [])
     if launched():  # one of several that only draw
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         quiet = Console(quiet=rank > 0)

@@ -47,6 +47,8 @@ def plan(
 
     machine = Machine(named(gpu), n, mfu, price)
     if recipe == "study":
+        if images < 0:
+            raise UserError(f"--images is {images:g}; it must be 0 or more")
         _plan_study(overrides or [], machine, images, metric)
         return
     config = recipes.resolve(recipe, overrides or [])
@@ -82,10 +84,13 @@ def advise(
     price: Annotated[float | None, typer.Option(help="dollars for an hour of one of them")] = None,
     mfu: Annotated[float, typer.Option(help="share of the peak that training is assumed to use")] = 0.35,
     sampling_mfu: Annotated[float, typer.Option(help="the same for sampling")] = 0.25,
+    max_cost: Annotated[
+        float | None, typer.Option(help="sampling cost of a picture, normalised as in the evidence")
+    ] = None,
     study: Annotated[
         Path | None, typer.Option(help="folder of your own sampling-cost study [default: published figures]")
     ] = None,
-    metric: Annotated[str, typer.Option(help="study: kid or fd")] = "kid",
+    metric: Annotated[str | None, typer.Option(help="with --study: kid or fd [default: kid]")] = None,
 ) -> None:
     """Recommend a size, recipe, steps, sampler and guidance for a budget, with the evidence.
 
@@ -102,5 +107,9 @@ def advise(
     if usd is None:
         raise UserError(f"--price is not set, and there is no assumption for {gpu}: give dollars for an hour")
     latency = None if max_latency is None else seconds_of(max_latency)
-    wishes = Wishes(budget, images, latency, Machine(device, n, mfu, usd), sampling_mfu)
-    print_advice(find(wishes, study, metric), wishes, price is None, _console())
+    if metric is not None and study is None:
+        raise UserError(
+            "--metric is of your own study, and --study is not set; the published figures are FIDs"
+        )
+    wishes = Wishes(budget, images, latency, Machine(device, n, mfu, usd), sampling_mfu, max_cost)
+    print_advice(find(wishes, study, metric or "kid"), wishes, price is None, _console())

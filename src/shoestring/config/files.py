@@ -232,11 +232,32 @@ def _override(schema: Node, data: dict[str, Any], key: str, text: str) -> None:
     *parents, last = key.split(".")
     for name in parents:
         node, part = _step(schema, node, target, path, name, data)
-        target = target[part]
         path.append(part)
+        if target[part] is None and any(explain.is_section(option) for option in node.get("anyOf", ())):
+            where = explain.dotted(path)
+            raise UserError(
+                f"{where} is null, so {key} cannot be changed alone; give the whole of it: {where}={{...}}"
+            )
+        target = target[part]
     node, part = _step(schema, node, target, path, last, data)
     value = _read_value(text, node, key)
+    if last == "kind" and value != target.get("kind") and _family(schema, data, parents, value):
+        raise UserError(
+            f"{key}={text.strip()} is another family of networks, with settings of its own; begin with a "
+            "recipe of that family (shoestring recipes), or give the whole section in a YAML file"
+        )
     _set(target, part, value, node)
+
+
+def _family(schema: Node, data: Any, parents: list[str], kind: Any) -> bool:
+    """Whether a kind belongs to another family than the section at some key has now."""
+    if len(parents) != 1 or not schema["properties"].get(parents[0], {}).get("families"):
+        return False
+    now = schema["properties"][parents[0]]["properties"].keys()
+    changed = {**data, parents[0]: {"kind": kind}}
+    known = kind in schema["properties"][parents[0]]["properties"]["kind"]["enum"]
+    other = explain.root(RunConfig, changed)["properties"][parents[0]]["properties"].keys()
+    return known and now != other
 
 
 def _step(

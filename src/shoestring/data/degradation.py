@@ -26,8 +26,9 @@ from shoestring.tensors import UInt8
 
 Kind = Literal["bicubic", "realesrgan"]
 Array = NDArray[np.float64]
-RESAMPLING = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
-"""Area (downwards; upwards the nearest), bilinear, bicubic."""
+RESIZES = ("area", "bilinear", "bicubic")
+"""As torch's, without antialiasing, as published."""
+LUMA = (0.299, 0.587, 0.114)
 SINC_SHARE, FINAL_SINC_SHARE = 0.1, 0.8
 
 
@@ -83,33 +84,33 @@ def degrade(picture: UInt8[Tensor, "3 H W"], factor: int, kind: Kind, seed: int,
         return _tensor(_image(picture).resize((width, height), Image.Resampling.BICUBIC))
     draw = np.random.default_rng(stream_seed(seed, "degradation", number))
     x = picture.permute(1, 2, 0).numpy().astype(np.float64) / 255
-    full = x.shape[:2]
-    for order in (FIRST, SECOND):
-        x = _round(x, order, full, draw)
-    resampling = RESAMPLING[draw.integers(len(RESAMPLING))]
+    x = _round(x, FIRST, x.shape[:2], draw)
+    x = _round(x, SECOND, (height, width), draw)
+    resize = str(draw.choice(RESIZES))
     sinc = draw.random() < FINAL_SINC_SHARE
     kernel = sinc_kernel(int(draw.choice(SIZES)), float(draw.uniform(math.pi / 3, math.pi)))
     quality = float(draw.uniform(*SECOND.jpeg))
     if draw.random() < 0.5:
-        x = _resized(x, (height, width), resampling)
+        x = _resized(x, (height, width), resize)
         x = _jpeg(_filtered(x, kernel) if sinc else x, quality)
     else:
-        x = _resized(_jpeg(x, quality), (height, width), resampling)
+        x = _resized(_jpeg(x, quality), (height, width), resize)
         x = _filtered(x, kernel) if sinc else x
     return _tensor(_pil(x))
 
 
-def _round(x: Array, order: Order, full: tuple[int, ...], draw: np.random.Generator) -> Array:
+def _round(x: Array, order: Order, base: tuple[int, ...], draw: np.random.Generator) -> Array:
+    """Blur, resize, noise, JPEG; sizes are factors of ``base``: the whole picture, then the small one."""
     if draw.random() < order.blur_share:
         x = _filtered(x, blur_kernel(order, draw))
-    x = _resized(x, _size(order, full, draw), RESAMPLING[draw.integers(len(RESAMPLING))])
+    x = _resized(x, _size(order, base, draw), str(draw.choice(RESIZES)))
     x = _noisy(x, order, draw)
     if order is FIRST:  # the second JPEG comes with the final size
         x = _jpeg(x, float(draw.uniform(*order.jpeg)))
     return x
 
 
-def _size(order: Order, full: tuple[int, ...], draw: np.random.Generator) -> tuple[int, int]:
+def _size(order: Order, base: tuple[int, ...], draw: np.random.Generator) -> tuple[int, int]:
     up, down, _ = order.resize_shares
     chance, (low, high) = draw.random(), order.resize_range
     factor = 1.0
@@ -117,7 +118,7 @@ def _size(order: Order, full: tuple[int, ...], draw: np.random.Generator) -> tup
         factor = draw.uniform(1, high)
     elif chance < up + down:
         factor = draw.uniform(low, 1)
-    return max(1, round(full[0] * factor)), max(1, round(full[1] * factor))
+    return max(1, round(base[0] * factor)), max(1, round(base[1] * factor))
 
 
 # -- kernels ----------------------------------------------------------------------------------------------
@@ -143,9 +144,9 @@ def blur_kernel(order: Order, draw: np.random.Generator) -> Array:
         sigmas, angle = np.array([sigmas[0], sigmas[0]]), 0.0
     shape = 1.0
     if kind.startswith("generalised"):
-        shape = float(draw.uniform(0.5, 4))
+        shape = float(draw.uniform(0.5, 1) if draw.random() < 0.5 else draw.uniform(1, 4))
     elif kind.startswith("plateau"):
-        shape = float(draw.uniform(1, 2))
+        shape = 1.0 if draw.random() < 0.5 else float(draw.uniform(1, 2))
     return bell_kernel(side, (float(sigmas[0]), float(sigmas[1])), angle, shape, kind.startswith("plateau"))
 
 
@@ -207,13 +208,10 @@ def _filtered(x: Array, kernel: Array) -> Array:
     return np.asarray(out[:, 0].permute(1, 2, 0).numpy())
 
 
-def _resized(x: Array, size: tuple[int, int], resampling: Image.Resampling) -> Array:
-    """To (height, width); each channel in float, so that nothing is rounded."""
-    planes = [
-        np.asarray(Image.fromarray(x[:, :, c].astype(np.float32)).resize(size[::-1], resampling))
-        for c in range(3)
-    ]
-    return np.stack(planes, axis=2).astype(np.float64)
+def _resized(x: Array, size: tuple[int, int], mode: str) -> Array:
+    """To (height, width)."""
+    planes = F.interpolate(torch.from_numpy(x).permute(2, 0, 1)[None], size, mode=mode)
+    return np.asarray(planes[0].permute(1, 2, 0).numpy())
 
 
 def _noisy(x: Array, order: Order, draw: np.random.Generator) -> Array:
@@ -225,7 +223,7 @@ def _noisy(x: Array, order: Order, draw: np.random.Generator) -> Array:
     scale = float(draw.uniform(*order.poisson_scale))
     clean = np.clip(x, 0, 1)
     if grey:
-        clean = clean.mean(axis=2, keepdims=True)
+        clean = (clean * np.array(LUMA)).sum(axis=2, keepdims=True)
     # So many photons as grey levels; the noise is scaled, the picture is not.
     counts = 2.0 ** math.ceil(math.log2(max(2, len(np.unique(np.round(clean * 255))))))
     noise = (draw.poisson(clean * counts) / counts - clean) * scale

@@ -85,17 +85,18 @@ PLACES: dict[str, Callable[[int, int], list[float]]] = {
 }
 
 
-def check_steps(steps: int, timesteps: int) -> None:
+def check_steps(steps: int, timesteps: int, places: Callable[[int, int], list[float]]) -> None:
     """Refuse more steps than a table has entries.
 
     Args:
         steps: of the sampler.
         timesteps: entries.
+        places: which grid.
 
     Raises:
-        UserError: if there are more, or as many where a step is skipped at the start.
+        UserError: if there are more, or as many where an entry is skipped.
     """
-    if steps >= timesteps:
+    if steps > timesteps - (places is leading_places):
         raise UserError(
             f"sampling.steps is {steps}, but the process has {timesteps} timesteps; take fewer steps, or "
             "sampling.spacing=rho"

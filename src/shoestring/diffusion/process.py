@@ -38,6 +38,8 @@ def visible_tokens(
     return tokens if visible_BK is None else gather_tokens(tokens, visible_BK)
 
 
+NEARLY = 1.01
+"""Tables are printed rounded."""
 NEAR = 1e-2
 """Of a timestep: so near to an entry, the rounding of float32 is all that lies between."""
 
@@ -68,14 +70,26 @@ class Process(ABC):
         spacing = self.spacing if sampling.spacing == "auto" else sampling.spacing
         if spacing in grids.PLACES:
             return [*self.levels_at_places(grids.PLACES[spacing], steps), (1.0, 0.0)]
-        low, high = self.ratios()
-        low, high = max(low, sampling.sigma_min), min(high, sampling.sigma_max)
+        least, most = self.ratios()
+        low, high = max(least, sampling.sigma_min), min(most, sampling.sigma_max)
+        if spacing != "table" and low >= high:
+            raise UserError(
+                f"sampling.sigma_min is {sampling.sigma_min:g} and sigma_max {sampling.sigma_max:g}, but "
+                f"this process knows ratios from {least:.3g} to {most:.3g}, so the grid would rise; choose "
+                "them so that they overlap with these"
+            )
+        table = sampling.sigmas or grids.ALIGN_YOUR_STEPS
+        if spacing == "table" and (table[0] > most * NEARLY or table[-2] * NEARLY < least):
+            raise UserError(
+                f"sampling.sigmas goes from {table[0]:g} to {table[-2]:g} before its last value, but this "
+                f"process knows ratios from {least:.3g} to {most:.3g}; leave out what is beyond them"
+            )
         if spacing == "rho":
             ratios = grids.rho_grid(high, low, steps, sampling.rho)
         elif spacing == "log-snr":
             ratios = grids.log_snr_grid(high, low, steps)
         else:
-            ratios = grids.table_grid(sampling.sigmas or grids.ALIGN_YOUR_STEPS, steps)
+            ratios = grids.table_grid(table, steps)
         level = self.level_at(torch.tensor(ratios, dtype=torch.float64))
         return [*zip(level.alpha_B.tolist(), level.sigma_B.tolist(), strict=True), (1.0, 0.0)]
 
@@ -302,7 +316,7 @@ class DDPMProcess(Process):
     ) -> list[tuple[float, float]]:
         """Of the nearest entries."""
         timesteps = len(self.alpha_T)
-        grids.check_steps(steps, timesteps)
+        grids.check_steps(steps, timesteps, places)
         found = [min(timesteps - 1, round(place)) for place in places(timesteps, steps)]
         return [(self.alpha_T[place].item(), self.sigma_T[place].item()) for place in found]
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from shoestring.config import SuperResConfig
+from shoestring.evaluation.digests import digest_of, file_digest, pictures_digest
 from shoestring.runtime import UserError, stream_seed
 from shoestring.sampling.lowres import made_small
 from shoestring.tensors import UInt8
@@ -25,7 +26,7 @@ class Crops(Sequence[Tensor]):
     Args:
         source: a folder of pictures, or pictures in memory that are as large as the crops.
         side: of the crops.
-        count: how many; each picture is used equally often. ``None`` = one of each picture.
+        count: how many, the pictures used about equally often. ``None`` = one of each picture.
         seed: of the places.
 
     Raises:
@@ -42,6 +43,7 @@ class Crops(Sequence[Tensor]):
         self._total = held if count is None else count
         self.sources = held
         self._last: tuple[Path, Image.Image] | None = None
+        self._low: dict[tuple[int, SuperResConfig], Tensor] = {}
 
     def __len__(self) -> int:
         return self._total
@@ -57,7 +59,7 @@ class Crops(Sequence[Tensor]):
             return [self[i] for i in range(*index.indices(self._total))]
         if not 0 <= index < self._total:
             raise IndexError(index)
-        source = index % self.sources
+        source = index * self.sources // self._total  # neighbours share a picture: it is read once
         if self._pictures is not None:
             return self._pictures[source]
         picture = self._open(self._files[source])
@@ -77,7 +79,17 @@ class Crops(Sequence[Tensor]):
         Returns:
             Small pictures.
         """
-        return made_small(torch.stack([self[i] for i in numbers]), superres, self.seed, numbers)
+        missing = [i for i in numbers if (i, superres) not in self._low]
+        if missing:
+            made = made_small(torch.stack([self[i] for i in missing]), superres, self.seed, missing)
+            self._low |= {(i, superres): small for i, small in zip(missing, made, strict=True)}
+        return torch.stack([self._low[i, superres] for i in numbers])
+
+    def digest(self) -> str:
+        """Of the whole pictures, as files or pixels."""
+        if self._pictures is not None:
+            return pictures_digest(self._pictures)
+        return digest_of(file_digest(path) for path in self._files)
 
     def _open(self, path: Path) -> Image.Image:
         if self._last is None or self._last[0] != path:

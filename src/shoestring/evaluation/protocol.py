@@ -67,7 +67,9 @@ class Protocol(Frozen):
     crops_folder: str | None = setting(
         "crops: folder of whole pictures; null = the run's held-out pictures, not cropped", None
     )
-    degradation: Literal["bicubic", "realesrgan"] = setting("crops: how they are made small", "realesrgan")
+    degradation: Literal["bicubic", "realesrgan"] | None = setting(
+        "crops: how they are made small; null = as the model was trained", None
+    )
     prompts_file: str | None = setting(
         "prompts=file, questions or geneval: the file; geneval, null: our own", None
     )
@@ -116,6 +118,8 @@ class Protocol(Frozen):
         for metric in PAIRED:
             if metric in self.metrics and self.prompts != "crops":
                 raise ValueError(f"metric {metric} needs prompts=crops, not {self.prompts}")
+        if self.prompts == "crops" and "loss" in self.metrics:
+            raise ValueError("metric loss is not for prompts=crops; see the validation loss in the run's log")
         if self.reference == "crops" and self.prompts != "crops":
             raise ValueError(f"reference=crops needs prompts=crops, not {self.prompts}")
         if self.prompts == "crops" and len(self.seeds) > 1:
@@ -246,7 +250,6 @@ def protocols() -> dict[str, Protocol]:
         "superres": Protocol(
             name="superres",
             prompts="crops",
-            degradation="bicubic",
             reference="crops",
             metrics=("fd-efflite0", "kid-efflite0", "psnr", "ssim", "feature-distance"),
         ),

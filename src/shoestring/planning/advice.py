@@ -7,6 +7,7 @@ one protocol only, and lower is better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,12 +68,16 @@ class Wishes:
     """Of one picture on one GPU."""
     machine: Machine
     sampling_share: float = SAMPLING_SHARE
+    max_cost: float | None = None
+    """Sampling cost of one picture, normalised as in the evidence."""
 
     def __post_init__(self) -> None:
-        if not self.budget_usd > 0:
+        if not 0 < self.budget_usd < math.inf:
             raise UserError(f"--budget is {self.budget_usd:g}; it must be above 0 dollars")
-        if self.images < 0:
+        if not 0 <= self.images < math.inf:
             raise UserError(f"--images is {self.images:g}; it must be 0 or more")
+        if self.max_cost is not None and not self.max_cost > 0:
+            raise UserError(f"--max-cost is {self.max_cost:g}; it must be above 0")
         if self.max_latency_s is not None and not self.max_latency_s > 0:
             raise UserError(f"--max-latency is {self.max_latency_s:g} s; it must be above 0")
         if not 0 < self.sampling_share <= 1:
@@ -116,10 +121,12 @@ def price(candidate: Candidate, wishes: Wishes) -> Priced:
     sampling = wishes.images * latency_s * usd_per_s
     full = machine.usd(machine.hours(candidate.full_training_flops))
     assert full is not None
-    share = max(0.0, min(1.0, (wishes.budget_usd - sampling) / full))
+    share = max(0.0, min(1.0, (wishes.budget_usd - sampling) / full)) if full else 1.0
     problem = None
     if wishes.max_latency_s is not None and latency_s > wishes.max_latency_s:
         problem = f"a picture takes {latency_s:.3g} s"
+    elif wishes.max_cost is not None and candidate.cost > wishes.max_cost * (1 + 1e-9):
+        problem = f"a picture costs {candidate.cost:.3g}"
     elif sampling >= wishes.budget_usd:
         problem = f"the pictures alone cost ${sampling:,.0f}"
     elif share < candidate.least_share:
@@ -150,10 +157,11 @@ def choose(candidates: Sequence[Candidate], wishes: Wishes) -> tuple[Priced, lis
         )
     worst = float("inf")
 
-    def order(each: Priced) -> tuple[bool, int, float, float]:
+    def order(each: Priced) -> tuple[bool, int, bool, float, float]:
         quality = each.candidate.quality
         value = worst if quality is None else quality
-        return each.problem is not None, -each.candidate.rank, value, each.total_usd
+        partial = each.training_share < 1  # its figure is of a whole training
+        return each.problem is not None, -each.candidate.rank, partial, value, each.total_usd
 
     priced.sort(key=order)
     return priced[0], priced

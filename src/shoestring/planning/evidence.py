@@ -43,20 +43,6 @@ COMPARISONS = (
 )
 
 
-def best_at(cost: float) -> list[Comparison]:
-    """Published comparisons at the largest cost that is not above one, the best first.
-
-    Args:
-        cost: sampling cost, normalised.
-
-    Returns:
-        Empty below the smallest published cost.
-    """
-    known = [c.cost for c in COMPARISONS if c.cost <= cost]
-    tier = [c for c in COMPARISONS if known and c.cost == max(known)]
-    return sorted(tier, key=lambda c: float("inf") if c.fid is None else c.fid)
-
-
 @cache
 def candidates() -> tuple[Candidate, ...]:
     """All published settings of the family.

@@ -24,8 +24,8 @@ from shoestring.config import (
 )
 
 BATCH, STEPS = 2048, 500_000
-H100_TFLOPS, SHARE, H100_USD = 989, 0.35, 2.5
-"""Peak, the share of it that is assumed, and dollars an hour (ours)."""
+H100_TFLOPS, SHARE, H100_USD = 989, 0.35, 3.75
+"""Peak, the share of it that is assumed, and dollars an hour (MicroDiT's account)."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from shoestring.sampling.generate import (
     save_png,
     to_pil,
 )
+from shoestring.sampling.samplers import lowered_order
 
 GIF_FRAME_MS, GIF_LAST_MS = 100, 1500
 
@@ -95,6 +96,11 @@ def run_sample(
     sampling = change(pipeline.config).sampling
     start = None if job.image is None else _read_start(job.image, pipeline.resolution)
     _warn_cut(pipeline, prompts, console)
+    warning = lowered_order(sampling)
+    if warning is not None:
+        say(console, warning)
+    if pipeline.config.model.condition == "none" and sampling.guidance != 1 and sampling.weak == "condition":
+        say(console, f"guidance {sampling.guidance:g} changes nothing: this model is unconditional")
     done: list[Tensor] = []
     frames: list[list[Tensor]] = []
     for part in track(list(batches(len(prompts), job.batch)), "Drawing", console=console, transient=True):

@@ -84,7 +84,10 @@ def solve(
 
 
 def lowered_order(sampling: SamplingConfig) -> str | None:
-    """What to say where a sampler has fewer steps than its order.
+    """What to say where a sampler has too few steps for its order.
+
+    The last step, into zero, is of first order for all, and before a step of order n there are n - 1 of lower
+    order; Heun needs no step before it.
 
     Args:
         sampling: sampler and steps.
@@ -92,10 +95,11 @@ def lowered_order(sampling: SamplingConfig) -> str | None:
     Returns:
         A sentence, or ``None``.
     """
-    order = SAMPLERS[sampling.sampler].order
-    if sampling.steps >= order:
+    order, steps = SAMPLERS[sampling.sampler].order, sampling.steps
+    reached = min(order, max(1, steps if sampling.sampler == "heun" else steps - 1))
+    if reached == order:
         return None
     return (
-        f"{sampling.sampler} is of order {order}, but there are {sampling.steps} steps: it runs with order "
-        f"{sampling.steps}"
+        f"{sampling.sampler} is of order {order}, but with {steps} step{'s' if steps > 1 else ''} it reaches "
+        f"order {reached} (the last step is of order 1)"
     )

@@ -23,6 +23,7 @@ from shoestring.studies.sampling_analysis import (
     best_within,
     better,
     budgets,
+    most_samples,
 )
 from shoestring.studies.sampling_rows import METRICS, Row, read_rows
 
@@ -71,7 +72,7 @@ def results_of(path: Path, metric: str) -> list[Row]:
     rows = read_rows(file)
     if not rows:
         raise UserError(f"{file} has no rows yet; run shoestring study sampling first")
-    return [row for row in rows if row.samples == max(each.samples for each in rows)]
+    return most_samples(rows)
 
 
 # -- advice -----------------------------------------------------------------------------------------------
@@ -107,15 +108,32 @@ def advise(wishes: Wishes, study: Path | None, metric: str) -> Advised:
     rows = results_of(study, metric)
     choice, priced = choose(_measured(rows, metric, study), wishes)
     largest = max(row.training_gflops for row in rows) * 1e9
-    affordable = wishes.budget_usd / _usd_per_flop(wishes.machine)
+    price = _usd_per_flop(wishes.machine)
+    affordable = wishes.budget_usd / price if price else largest
     caution = "within what was measured"
     if affordable > 1.1 * largest:
-        caution = (
+        caution = _predicted(rows, metric, choice.candidate.size, affordable) + (
             f"the budget pays {affordable / largest:,.0f} times the training compute of the largest training "
             "of the study: what larger or longer trainings would reach is not measured; shoestring plan "
             "study shows the fits"
         )
     return Advised(choice, priced, caution)
+
+
+def _predicted(rows: Sequence[Row], metric: str, size: str, compute: float) -> str:
+    """What the fit of a network says of a longer training, where there is a fit."""
+    points = training_curves([row for row in rows if row.seed == 0] or rows, metric).get(size, [])
+    try:
+        fit = fit_power_law(points) if points else None
+    except UserError:
+        return ""
+    if fit is None:
+        return ""
+    low, high = fit.interval_at(compute)
+    return (
+        f"predicted by its fit, {fit.extrapolates(compute):,.1f} times beyond the points: {metric.upper()} "
+        f"{fit.law.at(compute):.3g} ({low:.3g} to {high:.3g}) if {size} were trained for the whole budget; "
+    )
 
 
 def _usd_per_flop(machine: Machine) -> float:
@@ -128,7 +146,7 @@ def _measured(rows: Sequence[Row], metric: str, study: Path) -> list[Candidate]:
     return [
         Candidate(
             size=row.model,
-            recipe=None,
+            recipe=_recipe_of(row, study),
             protocol=str(study),
             metric=metric.upper(),
             quality=float(getattr(row, metric)),
@@ -146,6 +164,12 @@ def _measured(rows: Sequence[Row], metric: str, study: Path) -> list[Candidate]:
     ]
 
 
+def _recipe_of(row: Row, study: Path) -> str | None:
+    """The settings of a network that the study trained itself."""
+    path = study / "models" / f"{row.model}-s{row.seed}" / "config.yaml"
+    return str(path) if path.is_file() else None
+
+
 def _caution_published(choice: Priced) -> str:
     found = choice.candidate
     words = [
@@ -159,6 +183,9 @@ def _caution_published(choice: Priced) -> str:
         )
     if found.rank == 1:
         words.append("that 83M is best at cost 3 was published without a figure")
+    if found.rank == 3:
+        words.append("at this budget the paper calls sampling cost no constraint, where larger sizes win")
+    words.append("figures of other protocols in the list are not comparable with this one")
     words.append("the recipe's optimiser, schedule and encoders are our choice, as the paper does not say")
     return "; ".join(words)
 
@@ -236,7 +263,8 @@ def plan_study(path: Path, metric: str, machine: Machine, images: float, console
     Raises:
         UserError: if there are no rows.
     """
-    rows = [row for row in results_of(path, metric) if row.seed == 0]
+    found = results_of(path, metric)
+    rows = [row for row in found if row.seed == 0] or found
     curves = training_curves(rows, metric)
     _print_fits(curves, metric, console)
     _print_iso_flop(curves, metric, machine, console)
@@ -265,12 +293,10 @@ def _table(title: str, names: Sequence[str]) -> Table:
     return table
 
 
-def _print_fits(
-    curves: dict[str, list[tuple[float, float]]], metric: str, console: Console
-) -> dict[str, Fit]:
+def _print_fits(curves: dict[str, list[tuple[float, float]]], metric: str, console: Console) -> None:
     table = _table(
-        f"{metric.upper()} = a + b C^-c over training compute, 95 % intervals (measured here)",
-        ["network", "checkpoints", "a", "interval", "c", "interval"],
+        f"{metric.upper()} = a + b C^-c over training compute, 95 % (measured here, beyond predicted)",
+        ["network", "points", "a", "interval", "b", "c", "interval", "at 10 x the compute", "interval"],
     )
     fits: dict[str, Fit] = {}
     problems: dict[str, list[str]] = {}
@@ -282,14 +308,16 @@ def _print_fits(
             continue
         law, sure = fits[name].law, fits[name].intervals
         cells = [name, str(len(points)), f"{law.a:.3g}", f"{sure['a'][0]:.3g} to {sure['a'][1]:.3g}"]
-        table.add_row(*cells, f"{law.c:.3g}", f"{sure['c'][0]:.3g} to {sure['c'][1]:.3g}")
+        cells += [f"{law.b:.3g}", f"{law.c:.3g}", f"{sure['c'][0]:.3g} to {sure['c'][1]:.3g}"]
+        beyond = 10 * fits[name].high
+        low, high = fits[name].interval_at(beyond)
+        table.add_row(*cells, f"{law.at(beyond):.3g}", f"{low:.3g} to {high:.3g}")
     if fits:
         console.print(table)
     for problem, names in problems.items():
         say(console, f"No fit for {', '.join(names)}: {problem}")
     if len(curves) < 2:
         say(console, "The study has one size only: there is nothing to choose from, and no fit over sizes.")
-    return fits
 
 
 def _print_iso_flop(
@@ -344,6 +372,7 @@ def _print_ownership(
 ) -> None:
     """Training and N pictures together: what is best at each total."""
     if machine.usd_per_gpu_hour is None:
+        say(console, "No total cost of ownership without --price.")
         return
     wishes = Wishes(1.0, images, None, machine)
     usd_per_s = machine.usd_per_gpu_hour / 3600

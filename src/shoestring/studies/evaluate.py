@@ -16,19 +16,18 @@ from torch import Tensor
 from shoestring.config import RunConfig, SamplingConfig, SuperResConfig
 from shoestring.data.records import Splits
 from shoestring.evaluation.crops import Crops
-from shoestring.evaluation.digests import digest_of, file_digest, pictures_digest
+from shoestring.evaluation.digests import digest_of, file_digest
 from shoestring.evaluation.drawing import Low, Wish, draw, wishes
 from shoestring.evaluation.geneval import Prompt, make_prompts, read_prompts
 from shoestring.evaluation.protocol import NOT_RESULTS, Protocol
 from shoestring.evaluation.questions import Questioned, read_questions
 from shoestring.evaluation.shapeeval import ShapePrompt, make_shape_prompts
-from shoestring.runtime import UserError
+from shoestring.runtime import UserError, say
 from shoestring.sampling.generate import Pipeline, class_prompts, find_model, load_pipeline
+from shoestring.sampling.samplers import lowered_order
 from shoestring.training.display import LiveLine, duration
 from shoestring.training.stage_data import real_pictures
 
-CROPS_IN_DIGEST = 100
-"""The first ones, as reading all takes long."""
 SHAPE_PROMPTS = 50
 """Of each task of ShapeEval."""
 
@@ -76,6 +75,9 @@ class Evaluation:
         self.pipeline: Pipeline = load_pipeline(self.file, device)
         config = self.pipeline.config
         self.sampling: SamplingConfig = protocol.sampling or config.sampling
+        warning = lowered_order(self.sampling)
+        if warning is not None:
+            say(console, warning)
         self._splits: Splits | None = None
         self.asked = self._ask()
         self.facts: dict[str, Any] = {
@@ -85,13 +87,11 @@ class Evaluation:
             "resolution": self.pipeline.resolution,
         }
         if self.asked.crops is not None:
-            crops = self.asked.crops
-            first = [crops[i] for i in range(min(CROPS_IN_DIGEST, len(crops)))]
             self.facts["crops"] = {
-                "pictures": crops.sources,
-                "digest": pictures_digest(first),
+                "pictures": self.asked.crops.sources,
+                "digest": self.asked.crops.digest(),
                 "factor": self.degradation.factor,
-                "degradation": protocol.degradation,
+                "degradation": self.degradation.degradation,
             }
         self.model: dict[str, Any] = {
             "file": str(self.file),
@@ -190,7 +190,8 @@ class Evaluation:
     def degradation(self) -> SuperResConfig:
         """The model's factor, the protocol's way of making pictures small."""
         assert self.config.superres is not None
-        return self.config.superres.model_copy(update={"degradation": self.protocol.degradation})
+        kind = self.protocol.degradation or self.config.superres.degradation
+        return self.config.superres.model_copy(update={"degradation": kind})
 
     def _captions(self) -> list[str]:
         protocol = self.protocol

@@ -37,6 +37,12 @@ def better(metric: str) -> Callable[[Row], float]:
     return lambda row: sign * float(getattr(row, metric))
 
 
+def most_samples(rows: Sequence[Row]) -> list[Row]:
+    """Where cells were measured with several numbers of pictures, those with the most: FD depends on it."""
+    most = max((row.samples for row in rows), default=0)
+    return [row for row in rows if row.samples == most]
+
+
 def at_the_end(rows: Sequence[Row]) -> list[Row]:
     """Rows of each network's last checkpoint."""
     last: dict[tuple[str, int], int] = {}

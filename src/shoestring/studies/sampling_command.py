@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from rich.console import Console
 
 from shoestring.runtime import UserError, say
 from shoestring.sampling.samplers import SAMPLERS
+from shoestring.studies.sampling_analysis import most_samples
 from shoestring.studies.sampling_cost import Model, Plan, Study
 from shoestring.studies.sampling_recipes import PRESETS, Preset
 from shoestring.studies.sampling_report import write_report
 from shoestring.studies.sampling_rows import METRICS
+
+MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,19 @@ def run_sampling(job: SamplingJob, console: Console) -> bool:
         _ = study.extractor  # a missing package shows now, and not after the first training
         if not study.run(job.train_only):
             return False
-    rows = study.rows()
+    rows = most_samples(study.rows())
     if not rows:
         say(console, f"{study.results} has no rows yet, so there is nothing to draw")
         return True
-    trained = "given networks" if job.models else f"{preset.nimg:,} images a training"
-    about = f"Preset {preset.name}: {trained}, {plan.samples:,} pictures a cell. Measured here."
+    trained = max(row.nimg for row in rows)
+    about = (
+        f"{len({(row.model, row.seed) for row in rows})} trainings of up to {trained:,} images, "
+        f"{rows[0].samples:,} pictures a cell. Measured here."
+    )
     if preset.name == "tiny" and not job.models:
         about += " So few images show how the study runs, no more."
+    if not any(math.isfinite(getattr(row, job.metric)) for row in rows):
+        raise UserError(f"--metric is {job.metric}, and no row of {study.results} has it; choose kid or fd")
     page = write_report(job.out, rows, job.metric, job.count_guidance, about)
     say(console, f"{len(rows)} rows in {study.results}; tables and figures: {page}")
     return True
@@ -98,10 +107,10 @@ def _check(job: SamplingJob, preset: Preset) -> None:
         if sampler not in SAMPLERS:
             raise UserError(f"--sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
     for count in job.steps:
-        if count < 1:
-            raise UserError(f"--steps is {count}; it must be 1 or more")
+        if not 1 <= count <= MOST_STEPS:
+            raise UserError(f"--steps is {count}; it must be from 1 to {MOST_STEPS:,}")
     for scale in job.guidance:
-        if scale < 0:
+        if not 0 <= scale < math.inf:
             raise UserError(f"--guidance is {scale:g}; it must be 0 or more (1 = off)")
     least = 16  # fewer than a neighbourhood and its errors can be taken from
     if job.samples is not None and job.samples < least:

@@ -22,13 +22,15 @@ from rich.console import Console
 from torch import Tensor
 
 from shoestring.config import CODEC_DOWNSAMPLING, RunConfig, SamplingConfig
+from shoestring.diffusion.process import build_process
+from shoestring.evaluation.digests import file_digest
 from shoestring.evaluation.distances import KernelReference, frechet_distance
 from shoestring.evaluation.extractor import kept_outputs
 from shoestring.evaluation.features import EfficientNetLite0Features
 from shoestring.evaluation.manifold import overlap
 from shoestring.evaluation.shapeeval import ShapePrompt, make_shape_prompts, shows
 from shoestring.planning import model_flops, plan
-from shoestring.runtime import UserError, pick_device, say, write_text
+from shoestring.runtime import TrainingFailed, UserError, pick_device, say, write_text
 from shoestring.sampling.generate import (
     Pipeline,
     batches,
@@ -38,6 +40,7 @@ from shoestring.sampling.generate import (
     picture_grid,
     save_png,
 )
+from shoestring.sampling.lowres import made_small
 from shoestring.sampling.samplers import SAMPLERS, lowered_order
 from shoestring.studies.sampling_recipes import MEASURED, Preset, Training, recipe, trainings
 from shoestring.studies.sampling_rows import METRICS, Row, append_row, read_rows
@@ -118,7 +121,7 @@ class Study:
             Model(t.size.name, t.size.family, t.seed, folder / "models" / t.key, t) for t in trainings(preset)
         ]
         if models:
-            self.models = given_models(models, any_data)
+            self.models = given_models(models, any_data, max(plan.steps))
 
     @property
     def results(self) -> Path:
@@ -135,12 +138,10 @@ class Study:
         Raises:
             UserError: naming what changed.
         """
-        settings = {
-            **asdict(self.preset),
-            "models": [str(model.folder.resolve()) for model in self.models if model.training is None],
-        }
+        given = any(model.training is None for model in self.models)
+        settings: dict[str, object] = {"given": True} if given else asdict(self.preset)
         for measured in ("samplers", "steps", "guidance", "samples", "sizes", "seeds"):  # may grow
-            settings.pop(measured)
+            settings.pop(measured, None)
         path = self.folder / "study.json"
         before = read_json(path)
         if not before:
@@ -186,10 +187,16 @@ class Study:
         done = [int(folder.name) for folder in checkpoint_folders(model.folder)]
         if done and max(done) >= config.nimg:
             return True
-        return train(config, model.folder, self.console)
+        try:
+            return train(config, model.folder, self.console)
+        except TrainingFailed as error:  # what it reached is measured all the same
+            say(self.console, f"{model.name}, seed {model.seed} diverged: {error}")
+            return True
 
     def _measure(self, model: Model) -> bool:
         have = {row.cell: row for row in self.rows()}
+        if model.training is not None and not checkpoint_folders(model.folder):
+            return True  # it diverged before the first checkpoint
         try:
             for checkpoint, sampling in self._on_the_way(model):
                 self._cell(model, checkpoint, sampling, have)
@@ -221,18 +228,23 @@ class Study:
 
         def value(guidance: float) -> float:
             sampling = SamplingConfig(sampler=sampler, steps=steps, guidance=guidance)
-            return sign * float(getattr(self._cell(model, checkpoint, sampling, have), self.plan.metric))
+            found = float(getattr(self._cell(model, checkpoint, sampling, have), self.plan.metric))
+            if not math.isfinite(found):
+                raise UserError(
+                    f"--metric is {self.plan.metric}, and {model.name} has none (only pictures of shapes, "
+                    "drawn from captions, have an accuracy); choose kid or fd"
+                )
+            return sign * found
 
         said = lowered_order(SamplingConfig(sampler=sampler, steps=steps))
         if said is not None:
             say(self.console, said)
         scales = self.plan.guidance
-        if self._pipeline(checkpoint).config.model.condition == "none":
+        config = self._pipeline(checkpoint).config
+        if config.model.condition == "none" or config.superres is not None:
             if scales != (1.0,):
-                say(
-                    self.console,
-                    f"{model.name} is unconditional: guidance has nothing to leave out, 1 is used",
-                )
+                what = "enlarges pictures" if config.superres is not None else "is unconditional"
+                say(self.console, f"{model.name} {what}: guidance has nothing to leave out, 1 is used")
             scales = (1.0,)
         if self.plan.full:
             for scale in scales:
@@ -247,7 +259,7 @@ class Study:
     ) -> Row:
         """The row of a cell, measured unless it is there."""
         pipeline = self._pipeline(checkpoint)
-        blank = self._described(model, pipeline, sampling)
+        blank = self._described(model, checkpoint, pipeline, sampling)
         if blank.cell in have:
             return have[blank.cell]
         started = time.perf_counter()
@@ -267,7 +279,7 @@ class Study:
         )
         return row
 
-    def _described(self, model: Model, pipeline: Pipeline, sampling: SamplingConfig) -> Row:
+    def _described(self, model: Model, checkpoint: Path, pipeline: Pipeline, sampling: SamplingConfig) -> Row:
         config = pipeline.config
         side = pipeline.resolution // CODEC_DOWNSAMPLING[config.data.codec] // config.model.patch_size
         captions = config.data.max_tokens if config.model.condition == "text" else 0
@@ -290,6 +302,7 @@ class Study:
             fd=math.nan,
             precision=math.nan,
             recall=math.nan,
+            digest=file_digest(checkpoint)[:12],
         )
 
     def _draw(self, pipeline: Pipeline, sampling: SamplingConfig) -> Tensor:
@@ -299,7 +312,14 @@ class Study:
             started = time.perf_counter()
             for part in batches(len(wanted), DRAW_BATCH):
                 found.append(
-                    pipeline.draw([wanted[i] for i in part], SAMPLE_SEED, part, sampling, piece=PIECE)
+                    pipeline.draw(
+                        [wanted[i] for i in part],
+                        SAMPLE_SEED,
+                        part,
+                        sampling,
+                        piece=PIECE,
+                        low=self._low(pipeline, part),
+                    )
                 )
                 done = part.stop
                 if done == len(wanted):
@@ -308,10 +328,20 @@ class Study:
                 line.show(f"{done:,}/{len(wanted):,} pictures  {duration(left)} left")
         return torch.cat(found)
 
+    def _low(self, pipeline: Pipeline, part: Sequence[int]) -> Tensor | None:
+        """Held-out pictures made small, for super-resolution models."""
+        superres = pipeline.config.superres
+        if superres is None:
+            return None
+        images, _ = self._real(pipeline)
+        return made_small(images[[i % len(images) for i in part]], superres, SAMPLE_SEED, list(part))
+
     def _prompts(self, pipeline: Pipeline) -> list[str]:
         """The same for every cell: all classes in turn, or captions of the data."""
         config, count = pipeline.config, self.plan.samples
-        if config.model.condition == "class":
+        if config.superres is not None:
+            names = [""]
+        elif config.model.condition == "class":
             names = class_prompts(config.model.classes, pipeline.classes)
         elif config.model.condition == "none":
             names = [""]
@@ -402,12 +432,13 @@ def data_of(config: RunConfig) -> tuple[object, ...]:
     return data.source, data.path, stores, data.codec, data.split, data.held_out
 
 
-def given_models(paths: Sequence[Path], any_data: bool) -> list[Model]:
+def given_models(paths: Sequence[Path], any_data: bool, steps: int) -> list[Model]:
     """Networks from checkpoints.
 
     Args:
         paths: run folders, checkpoint folders or model files.
         any_data: allow different data.
+        steps: the most that will be sampled with.
 
     Returns:
         One a path, named by its run.
@@ -423,6 +454,7 @@ def given_models(paths: Sequence[Path], any_data: bool) -> list[Model]:
         header = read_header(find_model(path))
         config, side = header.config, header.facts.resolution
         here = (*data_of(config), side)
+        build_process(config.process, header.facts.sigma_data).grid(SamplingConfig(), steps)  # may refuse
         if first is not None and here != first[1] and not any_data:
             changed = next((a, b) for a, b in zip(first[1], here, strict=True) if a != b)
             raise UserError(
@@ -430,10 +462,14 @@ def given_models(paths: Sequence[Path], any_data: bool) -> list[Model]:
                 "figures cannot be compared; leave one out, or give --any-data"
             )
         first = first or (path, here)
-        if any(model.name == config.name and model.seed == config.seed for model in found):
+        name = config.name
+        taken = {(model.name, model.seed) for model in found}
+        if (name, config.seed) in taken:  # two checkpoints of one run
+            name = f"{config.name}@{header.facts.nimg}"
+        if (name, config.seed) in taken:
             raise UserError(
-                f"{path}: another network of the study has the name {config.name} and seed {config.seed} "
-                "too; their rows could not be told apart"
+                f"{path}: another network of the study has the name {config.name}, seed {config.seed} and "
+                f"{header.facts.nimg:,} images seen too; their rows could not be told apart"
             )
-        found.append(Model(config.name, config.model.kind, config.seed, path))
+        found.append(Model(name, config.model.kind, config.seed, path))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 from PIL import Image
@@ -112,7 +113,7 @@ def _training_curves(rows: Sequence[Row], metric: str) -> list[str]:
     alike = [row for row in rows if (row.sampler, row.steps, row.guidance) == setting]
     lines = [
         Line(name, [(r.training_gflops, float(getattr(r, metric))) for r in mine], color, dots=True)
-        for (name, mine), color in zip(_by_model(alike).items(), COLORS, strict=False)
+        for (name, mine), color in zip(_by_model(alike).items(), cycle(COLORS), strict=False)
     ]
     chart = line_chart(lines, (), "GFLOP of training", NAMES[metric], log_x=True)
     sampler, steps, guidance = setting
@@ -138,7 +139,7 @@ def _cost_curves(rows: Sequence[Row], scale: Scale, metric: str) -> list[str]:
             continue
         lines = [
             Line(name, [(scale.sampling(r), float(getattr(r, metric))) for r in mine], color, dots=True)
-            for (name, mine), color in zip(_by_model(best).items(), COLORS, strict=False)
+            for (name, mine), color in zip(_by_model(best).items(), cycle(COLORS), strict=False)
         ]
         chart = line_chart(lines, (), "sampling cost", NAMES[metric], log_x=True)
         charts.append(
@@ -174,7 +175,8 @@ def winners(rows: Sequence[Row], scale: Scale, metric: str) -> list[tuple[float,
     found = []
     for cost in budgets(best, scale):
         winner = best_within(best, scale, metric, cost)
-        assert winner is not None
+        if winner is None:  # a cost that was rounded down
+            continue
         affordable = [row for row in best if scale.sampling(row) <= cost * (1 + 1e-9)]
         largest = max(row.gflops for row in affordable)
         rival = best_within([row for row in affordable if row.gflops == largest], scale, metric, cost)

@@ -46,11 +46,14 @@ class Row:
     """Pictures of shapes that show what was asked for; only there."""
     seconds: float = NOT_A_NUMBER
     """Of drawing, as it ran."""
+    digest: str = ""
+    """Of the model file."""
 
     @property
     def cell(self) -> tuple[object, ...]:
         """What makes it the same measurement."""
-        return (self.model, self.seed, self.nimg, self.sampler, self.steps, self.guidance, self.samples)
+        model = (self.model, self.seed, self.nimg, self.digest)
+        return (*model, self.sampler, self.steps, self.guidance, self.samples)
 
 
 _TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
