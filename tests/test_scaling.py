@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 from typer.testing import CliRunner
 
 from shoestring.cli.main import app
@@ -9,7 +10,7 @@ from shoestring.planning.advice import Wishes, choose
 from shoestring.planning.cost import Machine
 from shoestring.planning.evidence import candidates
 from shoestring.planning.machines import gpu
-from shoestring.planning.scaling import fit_power_law, interpolated, iso_flop
+from shoestring.planning.scaling import fit_power_law, interpolated, iso_flop, t_quantile
 from shoestring.runtime import UserError
 from shoestring.studies.advise import seconds_of
 from shoestring.studies.sampling_rows import Row, append_row
@@ -29,6 +30,11 @@ def test_intervals_hold_the_truth_in_90_to_99_of_100_draws():
         for name, (low, high) in fit.intervals.items():
             held[name] += low <= truth[name] <= high
     assert all(90 <= count <= 99 for count in held.values()), held
+
+
+@pytest.mark.parametrize("free", [1, 2, 5, 17, 200])
+def test_the_quantile_of_students_t(free):
+    assert t_quantile(free) == pytest.approx(scipy.stats.t.ppf(0.975, free), rel=1e-5)
 
 
 def test_without_noise_the_law_is_found():

@@ -1,7 +1,10 @@
 """The U-Net family: sizes, costs, seam, training and forecasts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from shoestring import recipes
 from shoestring.config import RunConfig, TokensConfig, UNetConfig, apply_overrides, parse_yaml, to_yaml
@@ -50,6 +53,23 @@ def test_costs_of_an_evaluation_are_the_papers():
             continue
         bar = 0.05 if size in ("83m", "145m") else 0.02
         assert costs[size] == pytest.approx(member.gflops / 789.3, rel=bar)
+
+
+@pytest.mark.parametrize("condition", ["text", "class"])
+@pytest.mark.parametrize("image_channels", [0, 3])
+def test_training_costs_what_torch_counts(condition, image_channels):
+    config = TINY.model_copy(update={"condition": condition, "classes": 3, "image_channels": image_channels})
+    counted = model_flops(config, (16, 16), 5)
+    with torch.device("meta"):
+        net = new_network(config, DENSE)
+        told = Conditioning(torch.empty(1, 5, 12))
+        if condition == "class":
+            told = Conditioning(class_B=torch.zeros(1, dtype=torch.long))
+        if image_channels:
+            told = replace(told, image=torch.empty(1, 3, 32, 32))
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, 3, 32, 32), torch.empty(1), told).visible_BKG.sum().backward()
+    assert counted.training == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_groups_and_heads_of_narrow_members():

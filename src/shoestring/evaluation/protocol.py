@@ -144,14 +144,17 @@ class Protocol(Frozen):
             "judge": "questions" in self.metrics,
             "neighbours": any(metric.startswith("precision-recall") for metric in self.metrics),
             "loss_pictures": "loss" in self.metrics,
-            "crops_folder": self.prompts == "crops",
-            "degradation": self.prompts == "crops",
         }
-        usual = {name: type(self).model_fields[name].default for name in looks}
+        usual = {name: field.default for name, field in type(self).model_fields.items()}
         found = [
-            (name, f"prompts is {self.prompts} and metrics are {', '.join(self.metrics)}")
+            (name, f"metrics are {', '.join(self.metrics)}")
             for name, read in looks.items()
             if not read and getattr(self, name) != usual[name]
+        ]
+        found += [
+            (name, f"prompts is {self.prompts}")
+            for name in ("crops_folder", "degradation")
+            if self.prompts != "crops" and getattr(self, name) != usual[name]
         ]
         if self.most_prompts is not None and self.prompts not in {"training", "held-out", "file"}:
             found.append(("most_prompts", f"prompts is {self.prompts}"))

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from shoestring.config import TokensConfig, UNetConfig
@@ -26,6 +23,9 @@ from shoestring.models.layers import ClassEmbedding
 from shoestring.models.network import BaseNetwork
 from shoestring.runtime import UserError
 from shoestring.tensors import Bool, Float, Int, patchify, unpatchify
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 
 class Attend:
@@ -80,6 +80,12 @@ class UNet(BaseNetwork):
     config: UNetConfig
 
     def __init__(self, config: UNetConfig, tokens: TokensConfig | None = None) -> None:
+        try:
+            from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+        except ImportError as error:
+            raise UserError(
+                "model.kind=unet needs the package diffusers; run: pip install 'shoestring[latents]'"
+            ) from error
         super().__init__(config, tokens if tokens is not None else TokensConfig(method="dense"))
         if self.tokens.method != "dense":
             raise UserError(
@@ -121,6 +127,9 @@ class UNet(BaseNetwork):
         Maps and convolutions as torch does (uniform, 1/sqrt(inputs)); the last map of every residual branch
         and of the whole zero, as in the latent diffusion models' own code.
         """
+        from diffusers.models.resnet import ResnetBlock2D
+        from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
         for module in self.unet.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 bound = 1 / math.sqrt(module.weight[0].numel())

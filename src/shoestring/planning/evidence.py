@@ -14,13 +14,14 @@ from functools import cache
 
 from shoestring import recipes
 from shoestring.planning.advice import Candidate
-from shoestring.planning.run import plan
+from shoestring.planning.flops import model_flops
 from shoestring.recipes.ldm import FAMILY, STEPS
 
 ALIGNED_STEPS = 200_000
 """Training steps after which the trends of the sizes are parallel; with fewer, nothing is said."""
 UNCONSTRAINED = 50.0
 """Sampling cost of the 866M at 50 steps: from here on the paper calls cost no constraint, and larger wins."""
+LATENTS = (64, 64)
 PAPER = "published, arXiv 2404.01367"
 
 
@@ -77,7 +78,8 @@ def _candidate(
     cost: float,
     rank: int,
 ) -> Candidate:
-    counted = plan(recipes.get(f"ldm-{size}"))
+    config = recipes.get(f"ldm-{size}")
+    counted = model_flops(config.model, LATENTS, config.data.max_tokens, 0.0, config.tokens)
     return Candidate(
         size=size.upper(),
         recipe=f"ldm-{size}",
@@ -85,9 +87,9 @@ def _candidate(
         metric="FID",
         quality=fid,
         claim=claim,
-        full_training_flops=counted.training,
+        full_training_flops=counted.training * config.nimg,
         least_share=ALIGNED_STEPS / STEPS,
-        evaluation_flops=counted.stages[0].flops.forward,
+        evaluation_flops=counted.forward,
         sampler="ddim",
         steps=steps,
         evaluations=steps,

@@ -177,20 +177,29 @@ def model_flops(
 
 
 def _unet_flops(model: UNetConfig, grid: tuple[int, int], caption_tokens: int) -> Flops:
-    """Torch's own counter, on the meta device, where it sees attention too."""
-    side = model.patch_size
-    captions = caption_tokens if model.condition == "text" else 0
-    with torch.device("meta"):
+    """Forward by torch's own counter, on the meta device, where it sees attention too.
+
+    The backward pass costs twice that, except for the layers that look at inputs.
+    """
+    side, text = model.patch_size, model.condition == "text"
+    captions = max(1, caption_tokens)
+    with torch.device("meta"), torch.no_grad():
         network = new_network(model, TokensConfig(method="dense"))
         x = torch.empty(1, model.in_channels, grid[0] * side, grid[1] * side)
         condition = Conditioning.nothing(1, "meta")
-        if model.condition == "text":
-            condition = Conditioning(torch.empty(1, max(1, captions), model.caption_dim))
+        if text:
+            condition = Conditioning(torch.empty(1, captions, model.caption_dim))
         if model.image_channels:
             condition = replace(condition, image=torch.empty(1, model.image_channels, *x.shape[2:]))
         with FlopCounterMode(display=False) as counter:
-            output = network(x, torch.empty(1), condition).visible_BKG
-        forward = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            output.sum().backward()
-    return Flops(forward=float(forward), training=float(forward + counter.get_total_flops()))
+            network(x, torch.empty(1), condition)
+    forward = float(counter.get_total_flops())
+    inputs = 0.0
+    for name, weight in network.named_parameters():
+        if name in ("unet.conv_in.weight", "unet.conv_in.image.weight"):
+            inputs += grid[0] * grid[1] * weight.numel()
+        elif name == "unet.time_embedding.linear_1.weight":
+            inputs += weight.numel()
+        elif text and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")):
+            inputs += captions * weight.numel()
+    return Flops(forward=forward, training=3 * forward - 2 * inputs)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 from shoestring.runtime import UserError, stream_seed
 
@@ -22,6 +22,8 @@ LEAST_POINTS = 4
 STEEPEST, FLATTEST = 3.0, 0.01
 """Exponents beyond which a curve is a step, or a line in log C."""
 LEVEL = 0.95
+GRID, ZOOMS = 33, 4
+"""Exponents that are tried at once, and how often the grid becomes finer."""
 
 
 @dataclass(frozen=True)
@@ -119,27 +121,46 @@ def fit_power_law(points: Sequence[Point], rounds: int = 400, seed: int = 0) -> 
 
 def _widened(count: int) -> float:
     """Residuals of n points around a curve with three parameters are too small, and few of them too sure."""
-    from scipy.stats import norm, t
-
     free = max(1, count - 3)
-    tail = (1 + LEVEL) / 2
-    return math.sqrt(count / free) * float(t.ppf(tail, free) / norm.ppf(tail))
+    return math.sqrt(count / free) * t_quantile(free) / NormalDist().inv_cdf((1 + LEVEL) / 2)
+
+
+def t_quantile(free: int) -> float:
+    """Where Student's t distribution has (1 + 0.95) / 2 below it.
+
+    Args:
+        free: degrees of freedom, 1 or more.
+
+    Returns:
+        12.7 for one, 1.96 for very many.
+    """
+    x = np.concatenate([np.linspace(0, 8, 20_001), np.geomspace(8, 100, 20_001)[1:]])
+    log_scale = math.lgamma((free + 1) / 2) - math.lgamma(free / 2) - math.log(free * math.pi) / 2
+    density = np.exp(log_scale - (free + 1) / 2 * np.log1p(x**2 / free))
+    below = 0.5 + np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(x))])
+    return float(np.interp((1 + LEVEL) / 2, below, x))
 
 
 def _least_squares(x: Array, q: Array, scale: float) -> PowerLaw | None:
-    def linear(c: float) -> tuple[float, float, float]:
-        """A, b and the squared error at an exponent."""
-        powers = x**-c
-        centred, around = powers - powers.mean(), q - q.mean()
-        b = float(centred @ around / (centred @ centred))
-        return float(q.mean() - b * powers.mean()), b, float(np.square(around - b * centred).sum())
+    """Every exponent has its best a and b in closed form; the best exponent is found by zooming in."""
+    around = q - q.mean()
 
-    grid = np.geomspace(FLATTEST, STEEPEST, 25)
-    best = int(np.argmin([linear(c)[2] for c in grid]))
-    low, high = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
-    c = float(minimize_scalar(lambda value: linear(value)[2], bounds=(low, high), method="bounded").x)
-    a, b, _ = linear(c)
-    return PowerLaw(a, b, c, scale) if b > 0 else None
+    def linear(c: Array) -> tuple[Array, Array, Array]:
+        """A, b and the squared error at some exponents."""
+        powers = x[None, :] ** -c[:, None]
+        centred = powers - powers.mean(axis=1, keepdims=True)
+        b = centred @ around / np.square(centred).sum(axis=1)
+        errors = np.square(around - b[:, None] * centred).sum(axis=1)
+        return q.mean() - b * powers.mean(axis=1), b, errors
+
+    low, high = FLATTEST, STEEPEST
+    for _ in range(ZOOMS):
+        grid = np.geomspace(low, high, GRID)
+        best = int(np.argmin(linear(grid)[2]))
+        low, high = float(grid[max(0, best - 1)]), float(grid[min(GRID - 1, best + 1)])
+    c = grid[best]
+    a, b, _ = linear(np.array([c]))
+    return PowerLaw(float(a[0]), float(b[0]), float(c), scale) if b[0] > 0 else None
 
 
 def _at_a_bound(law: PowerLaw) -> bool:
