@@ -128,7 +128,7 @@ def test_every_switch(changes, ratio):
 
 
 def presets() -> list[RunConfig]:
-    """A recipe for each of the transformers that recipes have; U-Nets are counted by torch itself."""
+    """A recipe for each of the transformers that recipes have; U-Nets are in test_unet.py."""
     found: dict[TransformerConfig, RunConfig] = {}
     for name in recipes.names():
         config = recipes.get(name)

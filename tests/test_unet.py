@@ -57,8 +57,10 @@ def test_costs_of_an_evaluation_are_the_papers():
 
 @pytest.mark.parametrize("condition", ["text", "class"])
 @pytest.mark.parametrize("image_channels", [0, 3])
-def test_training_costs_what_torch_counts(condition, image_channels):
-    config = TINY.model_copy(update={"condition": condition, "classes": 3, "image_channels": image_channels})
+@pytest.mark.parametrize("shape", [{}, {"multipliers": (1, 3), "attention": (False, True), "layers": 1}])
+def test_training_costs_what_torch_counts(condition, image_channels, shape):
+    changes = {"condition": condition, "classes": 3, "image_channels": image_channels, "attention_depth": 2}
+    config = TINY.model_copy(update=changes | shape)
     counted = model_flops(config, (16, 16), 5)
     with torch.device("meta"):
         net = new_network(config, DENSE)
@@ -68,8 +70,21 @@ def test_training_costs_what_torch_counts(condition, image_channels):
         if image_channels:
             told = replace(told, image=torch.empty(1, 3, 32, 32))
         with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, 3, 32, 32), torch.empty(1), told).visible_BKG.sum().backward()
-    assert counted.training == pytest.approx(counter.get_total_flops(), rel=1e-3)
+            output = net(torch.empty(1, 3, 32, 32), torch.empty(1), told).visible_BKG.sum()
+        assert counted.forward == counter.get_total_flops()
+        with counter:
+            output.backward()
+    assert counted.training == pytest.approx(counted.forward + counter.get_total_flops(), rel=1e-9)
+
+
+@pytest.mark.parametrize("size", ["39m", "866m"])
+def test_the_papers_sizes_cost_what_torch_counts(size):
+    config = recipes.get(f"ldm-{size}").model
+    with torch.device("meta"), torch.no_grad():
+        net = new_network(config, DENSE)
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, 4, 64, 64), torch.empty(1), Conditioning(torch.empty(1, 77, 1024)))
+    assert model_flops(config, (64, 64), 77).forward == counter.get_total_flops()
 
 
 def test_groups_and_heads_of_narrow_members():

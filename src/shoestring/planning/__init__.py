@@ -1,7 +1,8 @@
 """What a run costs, before it is run: FLOPs, memory, hours, dollars; and the machine's matmul peak."""
 
 from shoestring.planning.cost import Machine, Measured, StageCost
-from shoestring.planning.flops import Flops, model_flops
+from shoestring.planning.flops import model_flops
+from shoestring.planning.flops_unet import Flops
 from shoestring.planning.machines import GPU, GPUS, gpu
 from shoestring.planning.measure import measured_peak_flops
 from shoestring.planning.memory import MemoryForecast, Sharding, fitting_micro_batch, forecast_memory

@@ -5,33 +5,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from shoestring.config import ModelConfig, TokensConfig, TransformerConfig, UNetConfig
-from shoestring.interfaces import Conditioning
-from shoestring.models.files import FAMILIES, new_network
+from shoestring.models.files import FAMILIES
 from shoestring.models.layers import attention_width, mlp_width, swiglu_width
 from shoestring.models.routing import build_method
 from shoestring.models.token_method import Layers, TokenMethod
 from shoestring.models.transformer import has_experts
+from shoestring.planning.flops_unet import Flops, unet_flops
 from shoestring.tensors import gather_tokens, visible_count
 
 Dispatch = Literal["gather", "one-hot"]
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs of one image."""
-
-    forward: float
-    training: float
-    """Forward and backward, recomputation not counted."""
 
 
 @dataclass
@@ -135,7 +125,7 @@ def model_flops(
     tokens: TokensConfig | None = None,
     dispatch: Dispatch = "gather",
 ) -> Flops:
-    """FLOPs that one image needs, in closed form for every layer; of U-Nets counted by torch.
+    """FLOPs that one image needs, in closed form for every layer.
 
     Which layer sees how many patches is not written down a second time: the token method itself runs, on
     the meta device. The backward pass costs twice the forward, except for the layers that look at
@@ -153,7 +143,7 @@ def model_flops(
         Forward and training FLOPs.
     """
     if isinstance(model, UNetConfig):
-        return _unet_flops(model, grid, caption_tokens)
+        return unet_flops(model, grid, caption_tokens)
     length = grid[0] * grid[1]
     d, patch_values = model.dim, model.in_channels * model.patch_size**2
     image_values = model.image_channels * model.patch_size**2
@@ -174,32 +164,3 @@ def model_flops(
     macs += predicted * last_dim * patch_values + 2 * d * last_dim
     training = 3 * macs - counter.constant + 2 * inputs
     return Flops(forward=2.0 * (macs + inputs), training=2.0 * training)
-
-
-def _unet_flops(model: UNetConfig, grid: tuple[int, int], caption_tokens: int) -> Flops:
-    """Forward by torch's own counter, on the meta device, where it sees attention too.
-
-    The backward pass costs twice that, except for the layers that look at inputs.
-    """
-    side, text = model.patch_size, model.condition == "text"
-    captions = max(1, caption_tokens)
-    with torch.device("meta"), torch.no_grad():
-        network = new_network(model, TokensConfig(method="dense"))
-        x = torch.empty(1, model.in_channels, grid[0] * side, grid[1] * side)
-        condition = Conditioning.nothing(1, "meta")
-        if text:
-            condition = Conditioning(torch.empty(1, captions, model.caption_dim))
-        if model.image_channels:
-            condition = replace(condition, image=torch.empty(1, model.image_channels, *x.shape[2:]))
-        with FlopCounterMode(display=False) as counter:
-            network(x, torch.empty(1), condition)
-    forward = float(counter.get_total_flops())
-    inputs = 0.0
-    for name, weight in network.named_parameters():
-        if name in ("unet.conv_in.weight", "unet.conv_in.image.weight"):
-            inputs += grid[0] * grid[1] * weight.numel()
-        elif name == "unet.time_embedding.linear_1.weight":
-            inputs += weight.numel()
-        elif text and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")):
-            inputs += captions * weight.numel()
-    return Flops(forward=forward, training=3 * forward - 2 * inputs)

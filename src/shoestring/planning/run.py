@@ -21,7 +21,8 @@ from shoestring.models.files import new_network
 from shoestring.models.network import BaseNetwork
 from shoestring.models.routing import method_class
 from shoestring.models.transformer import parameter_counts
-from shoestring.planning.flops import Dispatch, Flops, model_flops
+from shoestring.planning.flops import Dispatch, model_flops
+from shoestring.planning.flops_unet import Flops
 from shoestring.runtime import UserError
 from shoestring.tensors import visible_count
 
