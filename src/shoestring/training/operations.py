@@ -174,8 +174,15 @@ def _part_of(name: str, module: nn.Module) -> str | None:
         if isinstance(module, CrossAttention) or leaf == ["cross_attn", "kv_linear"]:
             return f"{where}: cross-attention"
         return f"{where}: feed-forward" if leaf == ["mlp"] else None
+    words = name.split(".")
+    stack = {"down_blocks": "down", "mid_block": "middle", "up_blocks": "up"}.get(
+        words[min(1, len(words) - 1)]
+    )
+    if words[0] == "unet" and stack is not None:
+        return {"resnets": f"{stack}: convolutions", "attentions": f"{stack}: attention"}.get(words[-2])
     whole = {
         "": "embedding",
+        "unet.conv_out": "head",
         "y_embedder": "captions",
         "y_emb_preprocess": "captions",
         "pooled_y_emb_process": "captions",

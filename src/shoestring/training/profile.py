@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,7 +36,10 @@ from shoestring.training.stage_data import check_settings, load_stage
 from shoestring.training.step import TrainingBatch, batch_loss
 
 CLIP, OPTIMISER, AVERAGES, DATA = "clip", "optimiser", "averages", "data"
-ORDER = ("embedding", "captions", "mixer", "backbone", EXPERTS, "token method", "decoder", "head", LOSS)
+ORDER = (
+    *("embedding", "captions", "mixer", "backbone", EXPERTS, "token method", "decoder"),
+    *("down", "middle", "up", "head", LOSS),
+)
 SIGMA_DATA = 0.5
 """Of made-up data, where the recipe measures its own; no time depends on it."""
 
@@ -126,6 +129,8 @@ def random_batch(config: RunConfig, size: int, side: int, device: torch.device) 
         conditioning = Conditioning(normal(size, length, model.caption_dim), hidden)
     elif model.condition == "class":
         conditioning = Conditioning(class_B=(uniform(size) * model.classes).long())
+    if model.image_channels:
+        conditioning = replace(conditioning, image=normal(size, model.image_channels, side, side))
     shape, drops_paths = (size, model.in_channels, side, side), method_class(config.tokens).drops_paths
     return TrainingBatch(
         x0=normal(*shape) / 2,
