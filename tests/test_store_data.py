@@ -258,3 +258,19 @@ def test_parts_of_a_mixture_equal_those_of_each_store(tmp_path: Path) -> None:
         *(f"caption {i}" for i in range(11)),
         *(f"caption {100 + 2 * i}" for i in range(7)),
     )
+
+
+def test_pictures_to_compare_with_are_a_sample_that_is_always_the_same(tmp_path: Path) -> None:
+    class Coarse(PixelCodec):  # four channels, four pixels a latent
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return super().decode(latents[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3))
+
+    data = replace(data_of(member_of(make_store(tmp_path / "s", rows=50))), codec=Coarse())
+    whole, some, again = data.pictures(1000), data.pictures(10), data.pictures(10)
+    assert torch.equal(some.images, again.images)
+    assert some.captions == again.captions
+    places = [next(i for i, one in enumerate(whole.images) if torch.equal(one, each)) for each in some.images]
+    assert len(places) == 10
+    assert places == sorted(set(places))
+    assert places[-1] > 15  # not the first ones
+    assert some.captions == tuple(whole.captions[i] for i in places)

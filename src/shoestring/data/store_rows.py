@@ -152,7 +152,7 @@ class StoreData:
         bucket, store_B, row_B = self._first(count)
         return self._read(bucket, store_B, row_B, np.zeros(len(row_B), np.int64), None)
 
-    def _first(self, count: int) -> tuple[int, Rows, Rows]:
+    def _first(self, count: int | None) -> tuple[int, Rows, Rows]:
         sizes = [sum(len(member.rows[b]) for member in self.members) for b in range(len(self.buckets))]
         bucket = int(np.argmax(sizes))
         counts = [len(member.rows[bucket]) for member in self.members]
@@ -228,15 +228,19 @@ class StoreData:
         return float((squares / sum(rows)) ** 0.5)
 
     def pictures(self, count: int) -> CaptionedImages:
-        """The first pictures of the fullest bucket, decoded, with their first captions.
+        """Pictures of the fullest bucket, decoded, with their first captions.
 
         Args:
-            count: at most so many.
+            count: at most so many; of more a sample that is the same every time, in their order.
 
         Returns:
             The pictures.
         """
-        bucket, store_B, row_B = self._first(count)
+        bucket, store_B, row_B = self._first(None)
+        if len(row_B) > count:
+            draw = np.random.default_rng(stream_seed(0, "pictures"))
+            chosen = np.sort(draw.choice(len(row_B), count, replace=False))
+            store_B, row_B = store_B[chosen], row_B[chosen]
         height, width = self.buckets[bucket]
         images = [torch.empty(0, 3, height, width, dtype=torch.uint8)]
         words: list[str] = []

@@ -303,7 +303,7 @@ def load_stage(
 
 
 def real_pictures(config: RunConfig, stage: StageConfig, codec: ImageCodec, folder: Path) -> Splits:
-    """The pictures of a run as pixels, to look at and to compare with; of stores at most the first thousands.
+    """The pictures of a run as pixels, to look at and to compare with; of stores at most some thousands.
 
     Args:
         config: of the run, which has begun.
