@@ -15,6 +15,8 @@ from shoestring.sampling.generate import fresh_noise, sample_latents
 from shoestring.sampling.samplers import SAMPLERS, lowered_order, solve
 from shoestring.tensors import patchify
 
+# diffusers makes arrays of tensors in a way that NumPy 2 dislikes.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 NOTHING = Conditioning.nothing(2)
 SIDE = 8
 
