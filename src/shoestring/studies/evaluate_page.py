@@ -150,7 +150,7 @@ def _facts(result: Result) -> str:
     """All that a figure depends on, as it stands in the JSON."""
     sections = {
         "protocol": result.protocol.model_dump(mode="json"),
-        "what figures depend on": result.facts,
+        "facts": result.facts,
         "model": result.model,
         "made": result.made,
     }
@@ -161,8 +161,10 @@ def _facts(result: Result) -> str:
         for section, values in sections.items()
         for name, value in _flat(values)
     ]
-    return f"<h2>How</h2><p>All settings and facts, as in result.json.{words}</p>" + html_table(
-        "Settings", ["of", "setting", "value"], rows, mark=""
+    table = html_table("Settings", ["of", "setting", "value"], rows, mark="")
+    return (
+        f"<h2>How</h2><p>All settings and facts, as in result.json.{words}</p>"
+        f'<div class="facts">{table}</div>'
     )
 
 

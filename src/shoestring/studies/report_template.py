@@ -76,7 +76,7 @@ th { font-weight: 600; font-size: 0.85rem; color: var(--muted); }
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td:first-child { min-width: 9em; }
-.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; } .facts td:first-child { color: var(--muted); min-width: 7em; }
+.facts th, .facts td { text-align: left; } .facts td { white-space: normal; overflow-wrap: anywhere; } .facts td:first-child { color: var(--muted); min-width: 7em; }
 details { margin: 10px 0; } summary { cursor: pointer; font-weight: 600; }
 footer { margin-top: 56px; padding-top: 14px; border-top: 1px solid var(--line); color: var(--muted); font-size: 0.9rem; }
 @media (max-width: 520px) {
