@@ -101,12 +101,13 @@ class BlockCache:
             handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=PART)
             with os.fdopen(handle, "wb") as file, pa.ipc.new_file(file, whole.schema) as writer:
                 writer.write_table(whole)
+            size = Path(temporary).stat().st_size  # another thread may drop the block once it is there
             Path(temporary).replace(path)
         except OSError as error:
             raise cannot_write(str(self.folder), error) from error
         with self._lock:
             self.fetched += 1
-            self._sizes[path] = path.stat().st_size
+            self._sizes[path] = size
             self._sizes.move_to_end(path)
             while len(self._sizes) > 1 and sum(self._sizes.values()) > self.limit_bytes:
                 oldest, _ = self._sizes.popitem(last=False)
