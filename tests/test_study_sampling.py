@@ -20,6 +20,7 @@ from shoestring.sampling.generate import find_model
 from shoestring.studies import sampling_command, sampling_cost
 from shoestring.studies.sampling_analysis import Scale, best_guidance, best_within, budgets, front
 from shoestring.studies.sampling_command import SamplingJob, run_sampling
+from shoestring.studies.sampling_models import given_models
 from shoestring.studies.sampling_recipes import PRESETS, Preset, Size, recipe, trainings
 from shoestring.studies.sampling_report import winners
 from shoestring.studies.sampling_rows import Row, append_row, read_rows
@@ -154,7 +155,7 @@ def test_given_networks_are_measured_like_trained_ones(study, tmp_path):
 def test_two_checkpoints_of_one_run_are_two_networks(study, tmp_path):
     out, _ = study
     folders = sorted((out / "models" / "unet-8-s0" / "checkpoints").iterdir())
-    found = sampling_cost.given_models([folders[0], folders[-1]], False, 4)
+    found = given_models([folders[0], folders[-1]], False, 4)
     assert [model.name for model in found] == ["unet-8-s0", "unet-8-s0@64"]
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from shoestring.runtime import UserError, say
 from shoestring.sampling.samplers import SAMPLERS
 from shoestring.studies.sampling_analysis import most_samples
-from shoestring.studies.sampling_cost import Model, Plan, Study
+from shoestring.studies.sampling_cost import Plan, Study
+from shoestring.studies.sampling_models import Model
 from shoestring.studies.sampling_recipes import PRESETS, Preset
 from shoestring.studies.sampling_report import write_report
 from shoestring.studies.sampling_rows import METRICS

@@ -22,14 +22,13 @@ from rich.console import Console
 from torch import Tensor
 
 from shoestring.config import CODEC_DOWNSAMPLING, RunConfig, SamplingConfig
-from shoestring.diffusion.process import build_process
 from shoestring.evaluation.digests import file_digest
 from shoestring.evaluation.distances import KernelReference, frechet_distance
 from shoestring.evaluation.extractor import kept_outputs
 from shoestring.evaluation.features import EfficientNetLite0Features
 from shoestring.evaluation.manifold import overlap
 from shoestring.evaluation.shapeeval import ShapePrompt, make_shape_prompts, shows
-from shoestring.planning import model_flops, plan
+from shoestring.planning import model_flops
 from shoestring.runtime import TrainingFailed, UserError, pick_device, say, write_text
 from shoestring.sampling.generate import (
     Pipeline,
@@ -42,6 +41,7 @@ from shoestring.sampling.generate import (
 )
 from shoestring.sampling.lowres import made_small
 from shoestring.sampling.samplers import SAMPLERS, lowered_order
+from shoestring.studies.sampling_models import Model, data_of, given_models, trained_flops
 from shoestring.studies.sampling_recipes import MEASURED, Preset, Training, recipe, trainings
 from shoestring.studies.sampling_rows import METRICS, Row, append_row, read_rows
 from shoestring.studies.sampling_search import coarse_to_fine
@@ -59,19 +59,6 @@ REFERENCE = 5_000
 """Held-out pictures that drawn ones are compared with, at most."""
 CURVE_SAMPLING = SamplingConfig(sampler="dpmpp-2m", steps=20, guidance=1.5)
 """With which checkpoints on the way are measured: quality against training compute."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network of the study."""
-
-    name: str
-    family: str
-    seed: int
-    folder: Path
-    """A run folder, a checkpoint folder or a model file."""
-    training: Training | None = None
-    """How the study trains it; ``None`` = it was given."""
 
 
 @dataclass(frozen=True)
@@ -414,62 +401,3 @@ class Study:
                 (features,) = kept_outputs(self.extractor, images, self.folder / "features", "real")[:1]
                 self._references[key] = features, KernelReference(features)
         return self._references[key]
-
-
-def trained_flops(config: RunConfig, nimg: int) -> float:
-    """Training FLOPs of a run's first images; where a stage's mask ratio moves, at its mean."""
-    total, left = 0.0, nimg
-    for stage in plan(config).stages:
-        seen = min(left, stage.nimg)
-        total, left = total + seen * stage.flops.training, left - seen
-    return total
-
-
-def data_of(config: RunConfig) -> tuple[object, ...]:
-    """What the data of a run are."""
-    data = config.data
-    stores = tuple(store.path for store in data.stores)
-    return data.source, data.path, stores, data.codec, data.split, data.held_out
-
-
-def given_models(paths: Sequence[Path], any_data: bool, steps: int) -> list[Model]:
-    """Networks from checkpoints.
-
-    Args:
-        paths: run folders, checkpoint folders or model files.
-        any_data: allow different data.
-        steps: the most that will be sampled with.
-
-    Returns:
-        One a path, named by its run.
-
-    Raises:
-        UserError: if one does not exist, two have one name, or they were trained on different data.
-    """
-    from shoestring.models.files import read_header
-
-    found: list[Model] = []
-    first: tuple[Path, tuple[object, ...]] | None = None
-    for path in paths:
-        header = read_header(find_model(path))
-        config, side = header.config, header.facts.resolution
-        here = (*data_of(config), side)
-        build_process(config.process, header.facts.sigma_data).grid(SamplingConfig(), steps)  # may refuse
-        if first is not None and here != first[1] and not any_data:
-            changed = next((a, b) for a, b in zip(first[1], here, strict=True) if a != b)
-            raise UserError(
-                f"{path} was trained on other data than {first[0]} ({changed[1]}, not {changed[0]}): their "
-                "figures cannot be compared; leave one out, or give --any-data"
-            )
-        first = first or (path, here)
-        name = config.name
-        taken = {(model.name, model.seed) for model in found}
-        if (name, config.seed) in taken:  # two checkpoints of one run
-            name = f"{config.name}@{header.facts.nimg}"
-        if (name, config.seed) in taken:
-            raise UserError(
-                f"{path}: another network of the study has the name {config.name}, seed {config.seed} and "
-                f"{header.facts.nimg:,} images seen too; their rows could not be told apart"
-            )
-        found.append(Model(name, config.model.kind, config.seed, path))
-    return found
