@@ -14,9 +14,8 @@ from shoestring.adapt.superres import superres_recipe
 from shoestring.cli.main import app
 from shoestring.config import SuperResConfig, apply_overrides
 from shoestring.evaluation.distances import KernelReference, kernel_distance
-from shoestring.models.files import read_header, save_model
+from shoestring.models.files import find_model, read_header, save_model
 from shoestring.runtime import TrainingFailed, UserError
-from shoestring.sampling.generate import find_model
 from shoestring.studies import sampling_command, sampling_cost
 from shoestring.studies.sampling_analysis import Scale, best_guidance, best_within, budgets, front
 from shoestring.studies.sampling_command import SamplingJob, run_sampling

@@ -65,6 +65,8 @@ class Conditioning:
     prepared: Any = None
     image: Float[Tensor, "B C H W"] | None = None
     """Super-resolution: latents of the small picture, enlarged to the size of what is drawn."""
+    guidance_B: Float[Tensor, " B"] | None = None
+    """Distilled models: the scale of guidance that is asked for; the empty condition keeps it."""
 
     def __post_init__(self) -> None:
         assert (self.text_BSD is None) != (self.class_B is None), "either text or class"
@@ -96,13 +98,15 @@ class Conditioning:
         (MaskDiT, released code).
         """
         if self.class_B is not None:
-            return Conditioning(class_B=torch.full_like(self.class_B, -1), image=self.image)
+            none_B = torch.full_like(self.class_B, -1)
+            return Conditioning(class_B=none_B, image=self.image, guidance_B=self.guidance_B)
         assert self.text_BSD is not None
         mask_BS = self.text_mask_BS
         if mask_BS is not None:
             mask_BS = torch.zeros_like(mask_BS)
             mask_BS[:, 0] = True
-        return Conditioning(torch.zeros_like(self.text_BSD), mask_BS, image=self.image)
+        zeros_BSD = torch.zeros_like(self.text_BSD)
+        return Conditioning(zeros_BSD, mask_BS, image=self.image, guidance_B=self.guidance_B)
 
     def drop(self, dropped_B: Bool[Tensor, " B"]) -> Conditioning:
         """Replace the condition of some samples by the empty one (training with guidance in mind)."""
@@ -118,6 +122,7 @@ class Conditioning:
             choose(self.text_mask_BS, null.text_mask_BS),
             choose(self.class_B, null.class_B),
             image=self.image,
+            guidance_B=self.guidance_B,
         )
 
     def part(self, rows: slice) -> Conditioning:
@@ -127,7 +132,9 @@ class Conditioning:
             return None if field is None else field[rows]
 
         text_BSD, mask_BS, class_B = some(self.text_BSD), some(self.text_mask_BS), some(self.class_B)
-        return Conditioning(text_BSD, mask_BS, class_B, image=some(self.image))
+        return Conditioning(
+            text_BSD, mask_BS, class_B, image=some(self.image), guidance_B=some(self.guidance_B)
+        )
 
     def cat(self, other: Conditioning) -> Conditioning:
         """Stack two batches of the same kind, captions of the same length."""
@@ -140,6 +147,7 @@ class Conditioning:
             both(self.text_mask_BS, other.text_mask_BS),
             both(self.class_B, other.class_B),
             image=both(self.image, other.image),
+            guidance_B=both(self.guidance_B, other.guidance_B),
         )
 
 
@@ -193,6 +201,8 @@ class Network(Protocol):
     in_channels: int
     predicts_all: bool
     """Whether every patch is predicted also when some are dropped (token routing, decoders)."""
+    guidance_input: bool
+    """Whether the scale of guidance is an input (``Conditioning.guidance_B``)."""
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """Compute once whatever does not depend on the noise; the result holds it in ``prepared``."""
@@ -226,6 +236,11 @@ class Denoiser(Protocol):
     @property
     def patch_size(self) -> int:
         """Side of a patch in latents."""
+        ...
+
+    @property
+    def guidance_input(self) -> bool:
+        """See :class:`Network`."""
         ...
 
     def __call__(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from shoestring.config import RunConfig, SuperResConfig, from_json
-from shoestring.models.files import read_header
+from shoestring.models.files import find_model, read_header
 from shoestring.runtime import UserError
-from shoestring.sampling.generate import Pipeline, find_model
+from shoestring.sampling.generate import Pipeline
 from shoestring.tensors import UInt8
 
 

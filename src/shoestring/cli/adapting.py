@@ -11,7 +11,9 @@ from rich.console import Console
 from shoestring.cli.options import choice
 from shoestring.runtime import ExitCode, UserError
 
-adapt_app = typer.Typer(no_args_is_help=True, help="Super-resolution from a pretrained model.")
+adapt_app = typer.Typer(
+    no_args_is_help=True, help="Go on from a trained model: super-resolution, distillation."
+)
 
 
 @adapt_app.command("superres")
@@ -35,8 +37,7 @@ def adapt_superres(
     """
     from shoestring.adapt.superres import superres_recipe
     from shoestring.config import SuperResConfig, apply_overrides
-    from shoestring.models.files import read_header
-    from shoestring.sampling.generate import find_model
+    from shoestring.models.files import find_model, read_header
     from shoestring.training.loop import train
 
     if factor not in (2, 4, 8):
@@ -52,6 +53,61 @@ def adapt_superres(
     config = apply_overrides(config, overrides or [])
     if not train(config, out or Path("runs") / config.name, Console()):
         raise typer.Exit(ExitCode.INTERRUPTED)
+
+
+@adapt_app.command("distill")
+def adapt_distill(
+    teacher: Annotated[Path, typer.Argument(help="run folder, checkpoint folder or model file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="settings to change")
+    ] = None,
+    method: Annotated[str, typer.Option(help="consistency, codi, guided or progressive")] = "consistency",
+    steps: Annotated[int, typer.Option(help="of the student's sampler", min=1)] = 4,
+    guidance: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="scale folded in; twice: a range, the scale stays an input [default: the teacher's]"
+        ),
+    ] = None,
+    first_steps: Annotated[
+        int | None, typer.Option(help="progressive: of the first student, halved from there [default: 4x]")
+    ] = None,
+    nimg: Annotated[int, typer.Option(help="images to train on (progressive: each round)", min=1)] = 50_000,
+    batch: Annotated[int, typer.Option(help="images of a step", min=1)] = 64,
+    lr: Annotated[float, typer.Option(help="learning rate")] = 1e-4,
+    name: Annotated[str | None, typer.Option(help="of the run [default: TEACHER-METHOD]")] = None,
+    out: Annotated[Path | None, typer.Option(help="run folder [default: runs/NAME]")] = None,
+) -> None:
+    """Distil a model into one that needs 1 to 8 steps; interrupted, the same command goes on.
+
+    Then: shoestring sample, with the sampler and the steps that the student was made for.
+    """
+    from shoestring.adapt.distill import METHODS, Distilling, distill_recipe, distill_runs
+    from shoestring.config import apply_overrides
+    from shoestring.models.files import find_model, read_header
+    from shoestring.runtime import say
+    from shoestring.training.folder import checkpoint_folders
+    from shoestring.training.loop import train
+
+    kind = choice("--method", method, METHODS)
+    if not lr > 0:
+        raise UserError(f"--lr is {lr:g}; it must be above 0")
+    given = guidance or []
+    if len(given) > 2 or any(not 0 <= scale < float("inf") for scale in given):
+        raise UserError(f"--guidance is {given}; give one scale or two, each 0 or more")
+    chosen = name or f"{read_header(find_model(teacher)).config.name}-{kind}-{steps}"
+    asked = Distilling(kind, steps, (min(given), max(given)) if given else None, nimg, batch, lr)
+    console = Console()
+    rounds = distill_runs(teacher, chosen, out or Path("runs") / chosen, asked, first_steps or 4 * steps)
+    for i, each in enumerate(rounds):
+        config = apply_overrides(distill_recipe(each.teacher, each.name, each.asked), overrides or [])
+        done = [int(folder.name) for folder in checkpoint_folders(each.out)]
+        if i < len(rounds) - 1 and done and max(done) >= config.nimg:
+            continue
+        if len(rounds) > 1:
+            say(console, f"Round {i + 1} of {len(rounds)}: {each.asked.steps} steps, in {each.out}")
+        if not train(config, each.out, console):
+            raise typer.Exit(ExitCode.INTERRUPTED)
 
 
 def upscale(

@@ -61,8 +61,7 @@ def run(
 
     from shoestring.config import apply_overrides
     from shoestring.evaluation.protocol import find_protocol
-    from shoestring.models.files import read_header
-    from shoestring.sampling.generate import find_model
+    from shoestring.models.files import find_model, read_header
     from shoestring.studies.evaluate import Evaluation
     from shoestring.studies.evaluate_figures import evaluate
     from shoestring.studies.evaluate_page import write_page

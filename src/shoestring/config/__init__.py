@@ -1,5 +1,6 @@
 """Settings of a run: the schema, and the way in and out of YAML, JSON and ``key=value``."""
 
+from shoestring.config.adapt import DistillConfig, SuperResConfig
 from shoestring.config.data import CODEC_DOWNSAMPLING, DataConfig, StoreConfig
 from shoestring.config.files import apply_overrides, from_json, load_yaml, parse_yaml, to_yaml
 from shoestring.config.model import (
@@ -24,7 +25,6 @@ from shoestring.config.schema import (
     RunConfig,
     SamplingConfig,
     StageConfig,
-    SuperResConfig,
 )
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "SHORTEST_AVERAGE",
     "DataConfig",
     "DecoderConfig",
+    "DistillConfig",
     "ExpertsConfig",
     "GuardConfig",
     "LoggingConfig",

@@ -63,6 +63,7 @@ class TransformerConfig(Frozen):
     classes: int = setting("class: how many", 1000, ge=1)
     patch_size: int = setting("side of a patch in latents", 2, ge=1)
     image_channels: int = setting("super-resolution: channels of the small picture's latents", 0, ge=0)
+    guidance_input: bool = setting("distilled models: the scale of guidance is an input", False)
     dim: int = setting("width D", 512, gt=0)
     depth: int = setting("backbone blocks", 16, ge=1, le=256)
     head_dim: int = setting("width of one attention head", 32, gt=0)
@@ -169,6 +170,7 @@ class UNetConfig(Frozen):
     classes: int = setting("class: how many", 1000, ge=1)
     patch_size: int = setting("pixel-unshuffle: so many latents a side become channels", 1, ge=1)
     image_channels: int = setting("super-resolution: channels of the small picture's latents", 0, ge=0)
+    guidance_input: bool = setting("distilled models: the scale of guidance is an input", False)
     channels: int = setting("base channels c", 320, ge=8, multiple_of=4)
     multipliers: tuple[Annotated[int, Field(ge=1, le=16)], ...] = setting(
         "channels of each resolution as multiples of c, the finest first", (1, 2, 4, 4), min_length=2

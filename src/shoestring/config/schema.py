@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from shoestring.config.adapt import DistillConfig, SuperResConfig
 from shoestring.config.base import Frozen, Positive, Share, setting
 from shoestring.config.data import DataConfig, StoreConfig
 from shoestring.config.model import AnyModel, TokensConfig, TransformerConfig
@@ -181,6 +182,7 @@ class SamplingConfig(Frozen):
         "dpmpp-3s",
         "dpmpp-2m-sde",
         "unipc",
+        "consistency",
     ] = setting("docs/sampling-cost.md says what each is; all but heun make one network call a step", "heun")
     steps: int = setting("noise levels", 30, ge=1, le=10_000)
     guidance: float = setting("classifier-free guidance; 1 = off, 0 = without the caption", 5.0)
@@ -289,22 +291,6 @@ class GuardConfig(Frozen):
     stall_s: Positive = setting("seconds without a batch after which the source of the data is named", 60.0)
 
 
-class SuperResConfig(Frozen):
-    """A run that learns to enlarge pictures; see ``shoestring adapt superres``."""
-
-    factor: Literal[2, 4, 8] = setting("how many times", 4)
-    degradation: Literal["bicubic", "realesrgan"] = setting(
-        "how pictures are made small: resized, or as cameras and the web do (Real-ESRGAN's two rounds)",
-        "realesrgan",
-    )
-    noise: float = setting(
-        "noise added to the small picture while training, at most (share of the latents' deviation)",
-        0.1,
-        ge=0,
-        le=2,
-    )
-
-
 class RunConfig(Frozen):
     """A whole run."""
 
@@ -326,6 +312,7 @@ class RunConfig(Frozen):
         "lengths of power-function averages to keep, e.g. [0.05, 0.1], for shoestring ema", ()
     )
     superres: SuperResConfig | None = setting("super-resolution; null = pictures from noise", None)
+    distill: DistillConfig | None = setting("distillation; null = learn from data alone", None)
     sampling: SamplingConfig = setting("sampling", SamplingConfig())
     logging: LoggingConfig = setting("logging", LoggingConfig())
     guard: GuardConfig = setting("guard rails", GuardConfig())
@@ -338,6 +325,7 @@ class RunConfig(Frozen):
         if self.model.kind == "unet":
             self._fits_unet()
         self._fits_superres()
+        self._fits_distill()
         names = [stage.name for stage in self.stages]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -362,6 +350,34 @@ class RunConfig(Frozen):
                 raise ValueError(
                     f"stages.{stage.name}.resolution is {stage.resolution}; with superres it must be a "
                     f"multiple of the factor ({self.superres.factor})"
+                )
+
+    def _fits_distill(self) -> None:
+        distill = self.distill
+        if distill is None:
+            return
+        low, high = distill.guidance
+        if low < high and not self.model.guidance_input:
+            raise ValueError(
+                f"distill.guidance goes from {low:g} to {high:g}, but model.guidance_input is false, so the "
+                "model would not know which is asked for; set it to true, or both numbers to one"
+            )
+        if distill.method == "guided" and not self.model.guidance_input:
+            raise ValueError(
+                "distill.method is guided, which makes the scale of guidance an input; set "
+                "model.guidance_input=true"
+            )
+        if self.parallel.sharding in ("fsdp", "hybrid") and distill.target == "ema":
+            raise ValueError(
+                f"parallel.sharding is {self.parallel.sharding}, which spreads the average over the ranks, "
+                "but distill.target is ema; set it to student"
+            )
+        if distill.target == "ema" and distill.method in ("consistency", "codi"):
+            missing = next((stage.name for stage in self.stages if stage.ema_decay is None), None)
+            if missing is not None:
+                raise ValueError(
+                    f"stages.{missing}.ema_decay is null, but distill.target is ema; set a decay, or the "
+                    "target to student"
                 )
 
     def _fits_unet(self) -> None:

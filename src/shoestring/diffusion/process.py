@@ -374,6 +374,11 @@ class NetworkDenoiser:
         """Side of a patch."""
         return self.network.patch_size
 
+    @property
+    def guidance_input(self) -> bool:
+        """See :class:`shoestring.interfaces.Network`."""
+        return self.network.guidance_input
+
     def _autocast(self, device: torch.device) -> torch.autocast:
         low = self.precision != torch.float32
         # Every weight is used once in a pass: a cache of casts would only hold memory.

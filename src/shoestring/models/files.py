@@ -147,6 +147,39 @@ def is_own(path: Path) -> bool:
         return False
 
 
+def find_model(path: Path, weights: str | None = None) -> Path:
+    """The model file meant by a path: the file itself, a checkpoint folder, or a run's newest checkpoint.
+
+    Args:
+        path: what the user gave.
+        weights: which of a checkpoint, as ``ema``, ``weights`` or ``power-0.1``; ``None`` takes averaged
+            weights where there are some.
+
+    Returns:
+        A safetensors file.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; give a run folder, a checkpoint folder or a .safetensors file"
+        )
+    checkpoints = sorted(
+        (p for p in path.glob("checkpoints/*") if p.name.isdigit()), key=lambda p: int(p.name)
+    )
+    for folder in [path, *reversed(checkpoints)]:
+        for name in ("ema", "weights") if weights is None else (weights,):
+            if (folder / f"{name}.safetensors").is_file():
+                return folder / f"{name}.safetensors"
+        there = sorted(file.stem for file in folder.glob("*.safetensors"))
+        if there:
+            raise UserError(f"{folder} holds no {weights}.safetensors; choose from {', '.join(there)}")
+    raise UserError(f"{path} holds no checkpoint; train first, or give a .safetensors file")
+
+
 def load_model(path: Path) -> tuple[RunConfig, BaseNetwork, ModelFacts]:
     """Read a model file.
 

@@ -209,11 +209,47 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time_B: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
         """Embed the noise coordinate (ln(sigma) / 4 for EDM)."""
-        half = self.features // 2
-        j = torch.arange(half, dtype=torch.float32, device=time_B.device)
-        angles_BF = time_B.float()[:, None] * torch.exp(-math.log(10_000) * j / half)
-        features_BF = torch.cat([angles_BF.cos(), angles_BF.sin()], dim=-1)
-        return self.mlp(features_BF.to(self.linears[0].weight.dtype))
+        return self.mlp(sinusoidal_features(time_B, self.features).to(self.linears[0].weight.dtype))
+
+
+def sinusoidal_features(value_B: Float[Tensor, " B"], features: int) -> Float[Tensor, "B F"]:
+    """Cosines, then sines, of a number times falling frequencies; see :class:`TimeEmbedding`.
+
+    Args:
+        value_B: a number a sample.
+        features: how many, even.
+
+    Returns:
+        Values from -1 to 1.
+    """
+    half = features // 2
+    j = torch.arange(half, dtype=torch.float32, device=value_B.device)
+    angles_BF = value_B.float()[:, None] * torch.exp(-math.log(10_000) * j / half)
+    return torch.cat([angles_BF.cos(), angles_BF.sin()], dim=-1)
+
+
+class GuidanceEmbedding(nn.Module):
+    """The scale of guidance as an input: a linear map of its sinusoidal features, zero at first.
+
+    Source: arXiv 2210.03142, section 3.1 (w-conditioning).
+    """
+
+    FEATURES = 64
+    SCALE = 10.0
+    """So that scales of 1 to 10 reach over many turns of the fastest features."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(self.FEATURES, dim, bias=False)
+
+    def forward(self, guidance_B: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        """Embed the scale."""
+        return self.map(guidance_features(guidance_B).to(self.map.weight.dtype))
+
+
+def guidance_features(guidance_B: Float[Tensor, " B"]) -> Float[Tensor, "B F"]:
+    """What :class:`GuidanceEmbedding` and U-Nets see of the scale of guidance."""
+    return sinusoidal_features(GuidanceEmbedding.SCALE * guidance_B, GuidanceEmbedding.FEATURES)
 
 
 class CaptionMLP(nn.Module):

@@ -27,6 +27,7 @@ class BaseNetwork(nn.Module):
         super().__init__()
         self.config, self.tokens = config, tokens if tokens is not None else TokensConfig()
         self.patch_size, self.in_channels = config.patch_size, config.in_channels
+        self.guidance_input = config.guidance_input
         self.position_scale = 1.0
         self.register_buffer("pos_embed", None)
         self.register_buffer("decoder_pos_embed", None)

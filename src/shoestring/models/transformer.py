@@ -24,6 +24,7 @@ from shoestring.models.layers import (
     CaptionMLP,
     ClassEmbedding,
     CrossAttention,
+    GuidanceEmbedding,
     LayerNorm,
     ModulatedLinear,
     NormLinear,
@@ -149,6 +150,8 @@ class DiffusionTransformer(BaseNetwork):
         if config.image_channels:
             self.image_embedder = PatchEmbedding(config.image_channels, dim, config.patch_size)
         self.t_embedder = TimeEmbedding(dim, self.time_features, activation)
+        if config.guidance_input:
+            self.guidance_embedder = GuidanceEmbedding(dim)
         self.y_embedder: CaptionEmbedder | ClassEmbedding | None = None
         if config.condition == "text":
             self.y_embedder = CaptionEmbedder(config)
@@ -263,6 +266,8 @@ class DiffusionTransformer(BaseNetwork):
             nn.init.zeros_(self.image_embedder.proj.weight)
             assert self.image_embedder.proj.bias is not None
             nn.init.zeros_(self.image_embedder.proj.bias)
+        if self.config.guidance_input:  # likewise
+            nn.init.zeros_(self.guidance_embedder.map.weight)
         zeroed = [self.final_layer]
         if self.config.decoder.depth:
             zeroed.append(self.decoder_layer)
@@ -369,6 +374,9 @@ class DiffusionTransformer(BaseNetwork):
         c_BD = self.t_embedder(time_B)
         if prepared.pooled_BD is not None:
             c_BD = c_BD + prepared.pooled_BD
+        if self.config.guidance_input:
+            assert conditioning.guidance_B is not None, "a distilled network needs the scale of guidance"
+            c_BD = c_BD + self.guidance_embedder(conditioning.guidance_B)
         layers = Pass(self, grid, c_BD, prepared)
         tokens, places = self.routing(layers, x_BLD, visible_BK, path_dropped_B)
         output = self.final_layer(tokens, c_BD)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shoestring.config import TokensConfig, UNetConfig
 from shoestring.interfaces import Conditioning, NetworkOutput
 from shoestring.models.attention import attend
-from shoestring.models.layers import ClassEmbedding
+from shoestring.models.layers import ClassEmbedding, GuidanceEmbedding, guidance_features
 from shoestring.models.network import BaseNetwork
 from shoestring.runtime import UserError
 from shoestring.tensors import Bool, Float, Int, patchify, unpatchify
@@ -111,6 +111,7 @@ class UNet(BaseNetwork):
             attention_head_dim=tuple(config.heads_of(width) for width in config.widths),  # heads, in truth
             use_linear_projection=True,
             norm_num_groups=config.norm_groups,
+            time_cond_proj_dim=GuidanceEmbedding.FEATURES if config.guidance_input else None,
         )
         if config.image_channels:
             self.unet.conv_in = InputConvolution(
@@ -142,6 +143,8 @@ class UNet(BaseNetwork):
         last: list[nn.Module] = [self.unet.conv_out]
         if isinstance(self.unet.conv_in, InputConvolution):  # the small picture has no say at first
             last.append(self.unet.conv_in.image)
+        if self.config.guidance_input:  # likewise
+            last.append(self.unet.time_embedding.cond_proj)
         last += [m.conv2 for m in self.unet.modules() if isinstance(m, ResnetBlock2D)]
         last += [m.proj_out for m in self.unet.modules() if isinstance(m, Transformer2DModel)]
         for module in last:
@@ -200,5 +203,16 @@ class UNet(BaseNetwork):
         y_BSD, mask_BS = (
             conditioning.prepared if conditioning.prepared is not None else self._caption(conditioning)
         )
-        out = self.unet(x, time_B, y_BSD.to(x.dtype), encoder_attention_mask=mask_BS, return_dict=False)[0]
+        scale_BF = None
+        if self.config.guidance_input:
+            assert conditioning.guidance_B is not None, "a distilled network needs the scale of guidance"
+            scale_BF = guidance_features(conditioning.guidance_B).to(x.dtype)
+        out = self.unet(
+            x,
+            time_B,
+            y_BSD.to(x.dtype),
+            timestep_cond=scale_BF,
+            encoder_attention_mask=mask_BS,
+            return_dict=False,
+        )[0]
         return NetworkOutput(patchify(out, 1))

@@ -1,6 +1,7 @@
 """What a run costs, before it is run: FLOPs, memory, hours, dollars; and the machine's matmul peak."""
 
 from shoestring.planning.cost import Machine, Measured, StageCost
+from shoestring.planning.distillation import distillation_flops
 from shoestring.planning.flops import model_flops
 from shoestring.planning.flops_unet import Flops
 from shoestring.planning.machines import GPU, GPUS, gpu
@@ -22,6 +23,7 @@ __all__ = [
     "Sharding",
     "StageCost",
     "StagePlan",
+    "distillation_flops",
     "fitting_micro_batch",
     "forecast_memory",
     "gpu",

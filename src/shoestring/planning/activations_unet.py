@@ -79,6 +79,8 @@ def unet_parts(network: BaseNetwork, grid: tuple[int, int], caption: int, b: Byt
             if network.config.image_channels:
                 small = torch.empty(1, network.config.image_channels, *x.shape[2:])
                 condition = replace(condition, image=small)
+            if network.guidance_input:
+                condition = replace(condition, guidance_B=torch.empty(1))
             network(x, torch.empty(1), condition)
     finally:
         for handle in handles:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoestring.config import ModelConfig, TokensConfig, TransformerConfig, UNetConfig
 from shoestring.models.files import FAMILIES
-from shoestring.models.layers import attention_width, mlp_width, swiglu_width
+from shoestring.models.layers import GuidanceEmbedding, attention_width, mlp_width, swiglu_width
 from shoestring.models.routing import build_method
 from shoestring.models.token_method import Layers, TokenMethod
 from shoestring.models.transformer import has_experts
@@ -149,6 +149,7 @@ def model_flops(
     image_values = model.image_channels * model.patch_size**2
     family = FAMILIES[model.kind]
     inputs: float = length * (patch_values + image_values) * d + family.time_features * d
+    inputs += GuidanceEmbedding.FEATURES * d * model.guidance_input
     macs: float = d * d  # the second half of the time embedding
     s = 0
     if model.condition == "text":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoestring.config import UNetConfig
+from shoestring.models.layers import GuidanceEmbedding
 
 CLASS_TOKENS = 2
 """Of the caption that a class is shown as."""
@@ -72,6 +73,7 @@ def unet_flops(model: UNetConfig, grid: tuple[int, int], caption_tokens: int) ->
     c, values = model.channels, model.in_channels * model.patch_size**2
     count.convolution(values + model.image_channels * model.patch_size**2, c, places[0])
     count.macs += 4 * c * c
+    count.macs += GuidanceEmbedding.FEATURES * c * model.guidance_input
     count.inputs += count.macs
     count.macs += 16 * c * c  # the second half of the time embedding
 

@@ -21,6 +21,7 @@ from shoestring.models.files import new_network
 from shoestring.models.network import BaseNetwork
 from shoestring.models.routing import method_class
 from shoestring.models.transformer import parameter_counts
+from shoestring.planning.distillation import distillation_flops
 from shoestring.planning.flops import Dispatch, model_flops
 from shoestring.planning.flops_unet import Flops
 from shoestring.runtime import UserError
@@ -151,7 +152,12 @@ def _plan_stage(config: RunConfig, stage: StageConfig, grid: tuple[int, int], ca
 
     def count(dispatch: Dispatch) -> Flops:
         each = [model_flops(model, grid, captions, ratio, tokens, dispatch) for ratio in ratios]
-        return Flops(mean([flops.forward for flops in each]), mean([flops.training for flops in each]))
+        beside = [
+            distillation_flops(config, grid, captions, ratio, flops.forward)
+            for ratio, flops in zip(ratios, each, strict=True)
+        ]
+        forward = mean([flops.forward for flops in each])
+        return Flops(forward, mean([flops.training for flops in each]) + mean(beside))
 
     return StagePlan(
         stage.name,

@@ -1,4 +1,4 @@
-"""DDIM with any share of fresh noise: between the probability-flow ODE and DDPM's ancestral sampling."""
+"""Samplers that draw noise on the way: DDIM with any share of it, and multistep consistency sampling."""
 
 from __future__ import annotations
 
@@ -48,6 +48,30 @@ def ddim(
         x = following[0] * x0 + math.sqrt(following[1] ** 2 - fresh**2) * eps
         if fresh > 0:
             x = x + fresh * noise(i)
+        if on_step is not None:
+            on_step(i, x0)
+    return x
+
+
+def consistency(
+    denoiser: Denoiser,
+    x: Float[Tensor, "B C H W"],
+    grid: Sequence[Level],
+    conditioning: Conditioning,
+    on_step: OnStep | None,
+    noise: Noise,
+) -> Float[Tensor, "B C H W"]:
+    """Estimate the clean latents, add fresh noise of the next level, and so on: for distilled models.
+
+    Arguments and result as :func:`ddim`.
+
+    Source: arXiv 2303.01469, algorithm 1.
+    """
+    for i, (level, following) in enumerate(zip(grid, grid[1:], strict=False)):
+        x0, _ = estimate(denoiser, x, level, conditioning)
+        x = following[0] * x0
+        if following[1] > 0:
+            x = x + following[1] * noise(i)
         if on_step is not None:
             on_step(i, x0)
     return x

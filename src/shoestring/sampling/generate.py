@@ -20,7 +20,7 @@ from shoestring.diffusion.process import Process, build_process
 from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import Conditioning, Denoiser, ImageCodec, TextEncoder
-from shoestring.models.files import load_model
+from shoestring.models.files import find_model, load_model
 from shoestring.runtime import PRECISIONS, UserError, Workers, atomic_write, default_workers, stream
 from shoestring.sampling.guidance import GuidedDenoiser, LeftOut
 from shoestring.sampling.lowres import check_low, low_latents
@@ -286,39 +286,6 @@ def class_number(text: str, names: Sequence[str], count: int) -> int:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     named = f" or one of {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
     raise UserError(f"the prompt is {text!r}; a class is a number from 0 to {count - 1}{named}{hint}")
-
-
-def find_model(path: Path, weights: str | None = None) -> Path:
-    """The model file meant by a path: the file itself, a checkpoint folder, or a run's newest checkpoint.
-
-    Args:
-        path: what the user gave.
-        weights: which of a checkpoint, as ``ema``, ``weights`` or ``power-0.1``; ``None`` takes averaged
-            weights where there are some.
-
-    Returns:
-        A safetensors file.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise UserError(
-            f"{path} does not exist; give a run folder, a checkpoint folder or a .safetensors file"
-        )
-    checkpoints = sorted(
-        (p for p in path.glob("checkpoints/*") if p.name.isdigit()), key=lambda p: int(p.name)
-    )
-    for folder in [path, *reversed(checkpoints)]:
-        for name in ("ema", "weights") if weights is None else (weights,):
-            if (folder / f"{name}.safetensors").is_file():
-                return folder / f"{name}.safetensors"
-        there = sorted(file.stem for file in folder.glob("*.safetensors"))
-        if there:
-            raise UserError(f"{folder} holds no {weights}.safetensors; choose from {', '.join(there)}")
-    raise UserError(f"{path} holds no checkpoint; train first, or give a .safetensors file")
 
 
 def load_pipeline(path: Path, device: torch.device, weights: str | None = None) -> Pipeline:

@@ -58,6 +58,20 @@ def check_guidance(sampling: SamplingConfig, predicts_all: bool) -> bool:
     return reduced
 
 
+def _check_distilled(sampling: SamplingConfig, negative: Conditioning | None) -> None:
+    """A model that takes the scale as an input has nothing else to be guided by."""
+    for what, given in (
+        ("a negative prompt is given", negative is not None),
+        (f"sampling.weak is {sampling.weak}", sampling.weak != "condition"),
+        ("sampling.guidance_interval is set", sampling.guidance_interval is not None),
+    ):
+        if given:
+            raise UserError(
+                f"{what}, but this model was distilled with guidance as an input and makes no second "
+                "prediction; leave it out (sampling.guidance alone is heeded)"
+            )
+
+
 class GuidedDenoiser:
     """w + scale (s - w), where s is the strong prediction and w the weak one.
 
@@ -91,6 +105,9 @@ class GuidedDenoiser:
         self.denoiser, self.negative = denoiser, negative
         self.scale, self.interval, self.weak = sampling.guidance, sampling.guidance_interval, sampling.weak
         self.predicts_all, self.patch_size = denoiser.predicts_all, denoiser.patch_size
+        self.guidance_input = denoiser.guidance_input
+        if denoiser.guidance_input:
+            _check_distilled(sampling, negative)
         reduced = check_guidance(sampling, denoiser.predicts_all)
         if negative is not None and self.weak == "tokens":
             raise UserError(
@@ -107,6 +124,10 @@ class GuidedDenoiser:
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """Prepare the condition, the weak one and both together, once for the whole run."""
+        if self.guidance_input:  # one call does it all
+            scale_B = torch.full((len(conditioning),), self.scale, device=conditioning.device)
+            strong = self.denoiser.prepare(replace(conditioning, guidance_B=scale_B))
+            return replace(conditioning, prepared=(strong, None, None))
         strong = self.denoiser.prepare(conditioning)
         unconditional = conditioning.class_B is not None and bool((conditioning.class_B < 0).all())
         same = unconditional and self.weak == "condition" and self.negative is None

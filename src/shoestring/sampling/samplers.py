@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shoestring.config import SamplingConfig
 from shoestring.interfaces import Conditioning, Denoiser
-from shoestring.sampling.ancestral import ddim
+from shoestring.sampling.ancestral import consistency, ddim
 from shoestring.sampling.multistep import dpm_solver_2m, dpm_solver_2m_sde, dpm_solver_3m, unipc
 from shoestring.sampling.singlestep import dpm_solver_2s, dpm_solver_3s
 from shoestring.sampling.solvers import Level, Noise, OnStep, euler, heun
@@ -46,6 +46,7 @@ SAMPLERS = {
     "dpmpp-3s": Sampler(3, ode=dpm_solver_3s),
     "dpmpp-2m-sde": Sampler(2, sde=dpm_solver_2m_sde),
     "unipc": Sampler(2, ode=unipc),
+    "consistency": Sampler(1, sde=consistency),
 }
 """``ddpm`` and ``euler-ancestral`` are ``ddim`` with eta 1: see there."""
 

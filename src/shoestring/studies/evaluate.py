@@ -22,8 +22,9 @@ from shoestring.evaluation.geneval import Prompt, make_prompts, read_prompts
 from shoestring.evaluation.protocol import NOT_RESULTS, Protocol
 from shoestring.evaluation.questions import Questioned, read_questions
 from shoestring.evaluation.shapeeval import ShapePrompt, make_shape_prompts
+from shoestring.models.files import find_model
 from shoestring.runtime import UserError, say
-from shoestring.sampling.generate import Pipeline, class_prompts, find_model, load_pipeline
+from shoestring.sampling.generate import Pipeline, class_prompts, load_pipeline
 from shoestring.sampling.samplers import lowered_order
 from shoestring.training.display import LiveLine, duration
 from shoestring.training.stage_data import real_pictures

@@ -28,13 +28,13 @@ from shoestring.evaluation.extractor import kept_outputs
 from shoestring.evaluation.features import EfficientNetLite0Features
 from shoestring.evaluation.manifold import overlap
 from shoestring.evaluation.shapeeval import ShapePrompt, make_shape_prompts, shows
+from shoestring.models.files import find_model
 from shoestring.planning import model_flops
 from shoestring.runtime import TrainingFailed, UserError, pick_device, say, write_text
 from shoestring.sampling.generate import (
     Pipeline,
     batches,
     class_prompts,
-    find_model,
     load_pipeline,
     picture_grid,
     save_png,

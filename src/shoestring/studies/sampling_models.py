@@ -8,10 +8,9 @@ from pathlib import Path
 
 from shoestring.config import RunConfig, SamplingConfig
 from shoestring.diffusion.process import build_process
-from shoestring.models.files import read_header
+from shoestring.models.files import find_model, read_header
 from shoestring.planning import plan
 from shoestring.runtime import UserError
-from shoestring.sampling.generate import find_model
 from shoestring.studies.sampling_recipes import Training
 
 

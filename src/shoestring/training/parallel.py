@@ -299,7 +299,7 @@ class _Spread:
     def __init__(self, network: BaseNetwork, call: nn.Module) -> None:
         self.call = call
         self.patch_size, self.in_channels = network.patch_size, network.in_channels
-        self.predicts_all = network.predicts_all
+        self.predicts_all, self.guidance_input = network.predicts_all, network.guidance_input
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """The condition as it is."""

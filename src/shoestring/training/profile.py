@@ -131,6 +131,8 @@ def random_batch(config: RunConfig, size: int, side: int, device: torch.device) 
         conditioning = Conditioning(class_B=(uniform(size) * model.classes).long())
     if model.image_channels:
         conditioning = replace(conditioning, image=normal(size, model.image_channels, side, side))
+    if model.guidance_input:
+        conditioning = replace(conditioning, guidance_B=1 + uniform(size))
     shape, drops_paths = (size, model.in_channels, side, side), method_class(config.tokens).drops_paths
     return TrainingBatch(
         x0=normal(*shape) / 2,

@@ -19,6 +19,7 @@ from shoestring.models.transformer import DiffusionTransformer
 from shoestring.planning import fitting_micro_batch, measured_peak_flops
 from shoestring.runtime import PRECISIONS, UserError, Workers, default_workers, say, stream
 from shoestring.training.compiling import compile_blocks
+from shoestring.training.distilling import Distillation
 from shoestring.training.folder import MACHINE, remember
 from shoestring.training.optim import Optimizers
 from shoestring.training.parallel import Parallel
@@ -92,9 +93,14 @@ class Setup:
             torch.set_num_threads(self.remembered(threads, torch.get_num_threads))
         count = self.remembered(key, lambda: default_workers(device)) if parallel.ranks == 1 else 1
         optimizer, workers = config.optimizer, Workers(count)
-        return Learner.build(
+        learner = Learner.build(
             network, config.tokens, process, optimizer, workers, parallel, precision, config.power_ema
         )
+        if config.distill is not None:
+            learner.objective = Distillation(
+                config, process, sigma_data, network, learner.averages, parallel.device
+            )
+        return learner
 
     def fit_to_stage(self, learner: Learner, stage: StageConfig, data: StageData, micro_batch: int) -> None:
         """Choose the attention of a stage's shapes (on a CPU, by timing) and compile the blocks for them.

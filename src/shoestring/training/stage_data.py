@@ -17,7 +17,7 @@ from shoestring.data.loader import Batch, TrainingData, prepare
 from shoestring.data.sources import Splits, load
 from shoestring.interfaces import Conditioning, ImageCodec, TextEncoder
 from shoestring.models.routing import build_method, method_class
-from shoestring.planning import model_flops, patch_grid
+from shoestring.planning import distillation_flops, model_flops, patch_grid
 from shoestring.runtime import UserError, say
 from shoestring.sampling.guidance import check_guidance
 from shoestring.sampling.lowres import made_small, training_image
@@ -111,6 +111,7 @@ class StageData:
             level_B=self._send(draws.level_B),
             mask_BL=self._send(draws.mask_BL),
             path_dropped_B=path_dropped_B,
+            guidance_B=None if config.distill is None else self._send(draws.guidance_B),
         )
 
     def broken(
@@ -130,7 +131,9 @@ class StageData:
         captions = self.config.data.max_tokens
         if model.mask_captions:
             captions = self.train.longest_caption or captions
-        return model_flops(model, grid, captions, mask_ratio, self.config.tokens).training
+        flops = model_flops(model, grid, captions, mask_ratio, self.config.tokens)
+        beside = distillation_flops(self.config, grid, captions, mask_ratio, flops.forward)
+        return flops.training + beside
 
     def close(self) -> None:
         """Stop whatever works ahead."""

@@ -8,12 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from shoestring.config import ModelConfig, RunConfig, TransformerConfig, UNetConfig
-from shoestring.models.files import Header, is_own, load_weights, read_header
+from shoestring.models.files import Header, find_model, is_own, load_weights, read_header
 from shoestring.models.network import BaseNetwork
 from shoestring.models.released import load_released, read_tensors
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import UserError
-from shoestring.sampling.generate import find_model
 from shoestring.training.folder import checkpoint_folders
 from shoestring.training.mark import read_mark
 
@@ -40,7 +39,7 @@ def initial_weights(config: RunConfig, network: BaseNetwork) -> None:
     if is_own(path):
         header = read_header(path, None)
         _check_same_model(config.model, header.config.model, path)
-        load_weights(network, {**_image_weights(network, header), **header.tensors}, str(path))
+        load_weights(network, {**_new_inputs(network, header), **header.tensors}, str(path))
     elif not isinstance(network, DiffusionTransformer):
         raise UserError(
             f"initial_weights: {path} is not a file of shoestring, and model.kind=unet has no other layout; "
@@ -51,11 +50,13 @@ def initial_weights(config: RunConfig, network: BaseNetwork) -> None:
     network.pos_embed = network.decoder_pos_embed = None
 
 
-def _image_weights(network: BaseNetwork, header: Header) -> dict[str, Tensor]:
-    """The zero weights for a small picture, where the network has some and the file has none."""
-    if not network.config.image_channels or header.config.model.image_channels:
-        return {}
-    names = ("image_embedder.", "unet.conv_in.image.")
+def _new_inputs(network: BaseNetwork, header: Header) -> dict[str, Tensor]:
+    """The zero weights for a small picture or the scale of guidance, where only the network has such."""
+    names: tuple[str, ...] = ()
+    if not header.config.model.image_channels:
+        names += ("image_embedder.", "unet.conv_in.image.")
+    if not header.config.model.guidance_input:
+        names += ("guidance_embedder.", "unet.time_embedding.cond_proj.")
     return {name: p.detach() for name, p in network.named_parameters() if name.startswith(names)}
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class Draws:
     mask_BL: Tensor
     drop_B: Tensor
     path_B: Tensor
+    guidance_B: Tensor
 
     @staticmethod
     def make(
@@ -56,20 +58,23 @@ class Draws:
             length: patches per image.
 
         Returns:
-            Standard normal (level, noise, posterior) and uniform (mask, drop, path) numbers, on the CPU.
+            Standard normal (level, noise, posterior) and uniform (mask, drop, path, guidance) numbers, on the
+            CPU.
         """
         generator = torch.Generator()
         level, noise, posterior = torch.empty(count), torch.empty(count, *shape), torch.empty(count, *shape)
-        mask, drop, path = torch.empty(count, length), torch.empty(count), torch.empty(count)
+        mask = torch.empty(count, length)
+        drop, path, guidance = torch.empty(count), torch.empty(count), torch.empty(count)
         for i in range(count):
-            generator.manual_seed(stream_seed(seed, purpose, first + i))
+            generator.manual_seed(stream_seed(seed, purpose, first + i))  # the order below is for good
             level[i] = torch.randn((), generator=generator)
             torch.randn(shape, generator=generator, out=noise[i])
             torch.randn(shape, generator=generator, out=posterior[i])
             torch.rand(length, generator=generator, out=mask[i])
             drop[i] = torch.rand((), generator=generator)
             path[i] = torch.rand((), generator=generator)
-        return Draws(level, noise, posterior, mask, drop, path)
+            guidance[i] = torch.rand((), generator=generator)
+        return Draws(level, noise, posterior, mask, drop, path, guidance)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class TrainingBatch:
     level_B: Tensor
     mask_BL: Tensor
     path_dropped_B: Tensor | None = None
+    guidance_B: Tensor | None = None
+    """Distillation: uniform numbers that choose the scale of guidance."""
 
     def split(self, size: int) -> Iterator[TrainingBatch]:
         """Micro-batches in order."""
@@ -94,7 +101,18 @@ class TrainingBatch:
                 self.level_B[part],
                 self.mask_BL[part],
                 None if self.path_dropped_B is None else self.path_dropped_B[part],
+                None if self.guidance_B is None else self.guidance_B[part],
             )
+
+
+class Objective(Protocol):
+    """What a step makes small, instead of :func:`batch_loss`."""
+
+    def __call__(
+        self, student: Denoiser, batch: TrainingBatch, noise: NoiseConfig, mask_ratio: float
+    ) -> Tensor:
+        """Mean loss of a batch."""
+        ...
 
 
 def batch_loss(
@@ -152,6 +170,8 @@ class Learner:
     parallel: Parallel
     low_precision: LowPrecisionWeights | None
     """Copies of the weights that all threads share, where there are several."""
+    objective: Objective | None = None
+    """``None`` = :func:`batch_loss`."""
     shapes_seen: set[tuple[torch.Size, float]] = field(default_factory=set)
     """Shapes of batches and mask ratios of steps so far."""
 
@@ -255,7 +275,10 @@ def accumulate_gradient(
 
     def loss_of(part: TrainingBatch) -> Tensor:
         denoiser, tokens = learner.training_denoiser, learner.tokens
-        loss = batch_loss(learner.process, denoiser, part, stage.noise, mask_ratio, tokens)
+        if learner.objective is None:
+            loss = batch_loss(learner.process, denoiser, part, stage.noise, mask_ratio, tokens)
+        else:
+            loss = learner.objective(denoiser, part, stage.noise, mask_ratio)
         return loss * (len(part.x0) / len(batch.x0))
 
     if learner.workers.count == 1:

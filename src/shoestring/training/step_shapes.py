@@ -165,9 +165,12 @@ def _watch(network: nn.Module, traced: Traced, images: Sequence[int], captions: 
 
 def _condition(model: TransformerConfig, captions: int, size: tuple[int, int]) -> Conditioning:
     image = torch.zeros(1, model.image_channels, *size) if model.image_channels else None
+    scale_B = torch.ones(1) if model.guidance_input else None
     if model.condition == "class":
-        return Conditioning(class_B=torch.zeros(1, dtype=torch.long), image=image)
-    if model.condition == "none":
-        return replace(Conditioning.nothing(1, "meta"), image=image)
-    mask_BS = torch.ones(1, captions, dtype=torch.bool)
-    return Conditioning(torch.zeros(1, captions, model.caption_dim), mask_BS, image=image)
+        found = Conditioning(class_B=torch.zeros(1, dtype=torch.long))
+    elif model.condition == "none":
+        found = Conditioning.nothing(1, "meta")
+    else:
+        mask_BS = torch.ones(1, captions, dtype=torch.bool)
+        found = Conditioning(torch.zeros(1, captions, model.caption_dim), mask_BS)
+    return replace(found, image=image, guidance_B=scale_B)

@@ -1,0 +1,208 @@
+"""Distillation: the recipe of a run that turns a trained model into one of few steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from shoestring.config import RunConfig, SamplingConfig, from_json
+from shoestring.diffusion.process import build_process
+from shoestring.models.files import Header, find_model, read_header
+from shoestring.runtime import UserError
+
+Method = Literal["consistency", "codi", "guided", "progressive"]
+METHODS: tuple[Method, ...] = ("consistency", "codi", "guided", "progressive")
+LEVELS = 18
+"""Of the path of consistency distillation, as on EDM's grid for small pictures."""
+
+
+@dataclass(frozen=True)
+class Distilling:
+    """What is asked for; see ``shoestring adapt distill --help``."""
+
+    method: Method
+    steps: int
+    """Of the student's sampler."""
+    guidance: tuple[float, float] | None
+    """Scales folded in; ``None`` = that of the teacher's own sampling."""
+    nimg: int
+    batch: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of a distillation."""
+
+    teacher: Path
+    name: str
+    out: Path
+    asked: Distilling
+
+
+def distill_recipe(teacher: Path, name: str, asked: Distilling) -> RunConfig:
+    """The recipe that distils a model into a student of the same size.
+
+    The student begins as the teacher; where the scale of guidance becomes an input, its weights are zero,
+    so that at step 0 the student is the teacher without guidance. Data, codec, process and optimiser are
+    the teacher's.
+
+    Args:
+        teacher: run folder, checkpoint folder or model file.
+        name: of the run.
+        asked: method, steps, guidance, length.
+
+    Returns:
+        A recipe that ``shoestring train`` can run as well.
+
+    Raises:
+        UserError: if the teacher cannot be read, or what is asked for does not fit it.
+    """
+    path = find_model(teacher)
+    header = read_header(path)
+    config = header.config
+    if config.distill is not None and asked.method in ("consistency", "codi"):
+        raise UserError(
+            f"{path} is distilled already ({config.distill.method}), and its path is no longer that of the "
+            "data; give the model it was made from"
+        )
+    guidance = _guidance(header, asked, path)
+    takes_scale = asked.method == "guided" or guidance[0] < guidance[1] or config.model.guidance_input
+    side = header.facts.resolution
+    last = next((s for s in reversed(config.stages) if s.resolution == side), config.stages[-1])
+    stage = last.model_dump() | {
+        "name": asked.method,
+        "nimg": asked.nimg,
+        "batch": asked.batch,
+        "micro_batch": None,
+        "mask_ratio": 0.0,
+        "mask_ratio_end": None,
+        "lr": asked.lr,
+        "warmup_nimg": asked.nimg // 20,
+        "lr_schedule": "linear",
+        "lr_end_ratio": 0.1,
+        "ema_decay": last.ema_decay if last.ema_decay is not None else 0.999,
+        "ema_start_nimg": 0,
+    }
+    beside = max(asked.batch, asked.nimg // 5)
+    values = config.model_dump() | {
+        "name": name,
+        "model": config.model.model_dump() | {"guidance_input": takes_scale},
+        "distill": _settings(path, asked, guidance),
+        # A student whose guidance is folded in is never asked without the condition.
+        "data": config.data.model_dump()
+        | ({} if asked.method == "codi" or config.superres else {"caption_drop": 0.0}),
+        "stages": [stage],
+        "initial_weights": str(path.resolve()),
+        "sampling": _sampling(header, asked, guidance, takes_scale).model_dump(),
+        "logging": config.logging.model_dump()
+        | {
+            "kid_nimg": None,
+            "log_nimg": max(asked.batch, asked.nimg // 50),
+            "validate_nimg": beside,
+            "sample_nimg": beside,
+            "checkpoint_nimg": beside,
+        },
+    }
+    return from_json(json.dumps(values), "the recipe of the distillation")
+
+
+def distill_runs(teacher: Path, name: str, out: Path, asked: Distilling, first_steps: int) -> list[Round]:
+    """The runs of a distillation: one, or for progressive distillation one for each halving.
+
+    Args:
+        teacher: run folder, checkpoint folder or model file.
+        name: of the last run.
+        out: its folder; those before it are inside.
+        asked: what the last student is to be.
+        first_steps: progressive: steps of the first student.
+
+    Returns:
+        The runs in order; a round's teacher is there only when the one before it is done.
+
+    Raises:
+        UserError: if the steps do not halve to what is asked for.
+    """
+    if asked.method != "progressive":
+        return [Round(teacher, name, out, asked)]
+    steps = [first_steps]
+    while steps[-1] > asked.steps and steps[-1] % 2 == 0:
+        steps.append(steps[-1] // 2)
+    if steps[-1] != asked.steps:
+        raise UserError(
+            f"--first-steps is {first_steps}; halved again and again it must become --steps ({asked.steps}), "
+            f"such as {asked.steps}, {2 * asked.steps} or {4 * asked.steps}"
+        )
+    rounds: list[Round] = []
+    for count in steps:
+        folder = out if count == asked.steps else out / "rounds" / str(count)
+        before = rounds[-1].out if rounds else teacher
+        run_name = name if count == asked.steps else f"{name}-round-{count}"
+        rounds.append(Round(before, run_name, folder, replace(asked, steps=count)))
+    return rounds
+
+
+def _guidance(header: Header, asked: Distilling, path: Path) -> tuple[float, float]:
+    config = header.config
+    unguided = asked.method == "codi" or config.superres is not None or config.model.condition == "none"
+    if config.model.guidance_input:
+        assert config.distill is not None
+        return config.distill.guidance if asked.guidance is None else asked.guidance
+    if unguided:
+        if asked.guidance is not None and asked.guidance != (1.0, 1.0):
+            why = (
+                "method codi has no teacher to guide" if asked.method == "codi" else f"{path} has no captions"
+            )
+            raise UserError(f"--guidance is given, but {why}; leave it out")
+        return 1.0, 1.0
+    if asked.guidance is not None:
+        return asked.guidance
+    if asked.method == "guided":
+        return 1.0, max(4.0, 2 * config.sampling.guidance)
+    return (config.sampling.guidance,) * 2
+
+
+def _settings(path: Path, asked: Distilling, guidance: tuple[float, float]) -> dict[str, Any]:
+    path_steps = {"consistency": LEVELS, "codi": LEVELS, "guided": 1, "progressive": asked.steps}
+    return {
+        "method": asked.method,
+        "teacher": str(path.resolve()),
+        "guidance": guidance,
+        "steps": path_steps[asked.method],
+        "data_weight": 1.0 if asked.method == "codi" else 0.0,
+    }
+
+
+def _sampling(
+    header: Header, asked: Distilling, guidance: tuple[float, float], takes_scale: bool
+) -> SamplingConfig:
+    """How the student is sampled: its own number of steps, guidance off where it is folded in."""
+    teachers = header.config.sampling
+    changes: dict[str, Any] = {
+        "weak": "condition",
+        "strong_ratio": 0.0,
+        "guidance_interval": None,
+        "eta": 0.0,
+    }
+    if asked.method != "codi":
+        folded = min(max(teachers.guidance, guidance[0]), guidance[1])
+        changes["guidance"] = folded if takes_scale else 1.0
+    if asked.method in ("consistency", "codi"):
+        changes |= {"sampler": "consistency", "steps": asked.steps}
+    elif asked.method == "progressive":
+        changes |= {"sampler": "ddim", "steps": asked.steps} | _every_other(header, asked.steps)
+    return SamplingConfig.model_validate(teachers.model_dump() | changes)
+
+
+def _every_other(header: Header, steps: int) -> dict[str, Any]:
+    """The student's grid: every other level of the teacher's, as a table where no rule gives it."""
+    sampling = header.config.sampling
+    process = build_process(header.config.process, header.facts.sigma_data)
+    spacing = process.spacing if sampling.spacing == "auto" else sampling.spacing
+    if spacing == "trailing":  # nested as it is
+        return {}
+    grid = process.grid(sampling.model_copy(update={"steps": 2 * steps}), 2 * steps)[::2]
+    ratios = [sigma / alpha for alpha, sigma in grid[:-1]]
+    return {"spacing": "table", "sigmas": [*ratios, ratios[-1] / 2]}

@@ -1,0 +1,154 @@
+"""Distillation as a training objective: the teacher beside the student, and what a step asks of both."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shoestring.config import DistillConfig, NoiseConfig, RunConfig
+from shoestring.diffusion.distillation import (
+    Sample,
+    codi_loss,
+    consistency_loss,
+    guided_loss,
+    progressive_loss,
+)
+from shoestring.diffusion.process import Process
+from shoestring.interfaces import Denoiser
+from shoestring.models.files import find_model, load_model, read_header
+from shoestring.models.network import BaseNetwork
+from shoestring.runtime import PRECISIONS, UserError
+from shoestring.tensors import visible_from_noise
+from shoestring.training.averages import CLASSIC, Averages
+from shoestring.training.step import TrainingBatch
+
+CLOSE = 0.01
+"""Deviations of data that differ by less are taken to be one."""
+
+
+def data_facts(config: RunConfig) -> dict[str, object]:
+    """What must be the same for one model to learn from another."""
+    data, model = config.data, config.model
+    return {
+        "data.source": data.source,
+        "data.path": data.path,
+        "data.stores": tuple(store.path for store in data.stores),
+        "data.codec": data.codec,
+        "data.text_encoder": data.text_encoder if model.condition == "text" else None,
+        "process": config.process.model_dump(exclude={"sigma_data"}),
+        "superres": config.superres,
+        "model.condition": model.condition,
+        "model.in_channels": model.in_channels,
+        "model.patch_size": model.patch_size,
+    }
+
+
+def check_teacher(config: RunConfig) -> Path:
+    """The teacher's file.
+
+    Args:
+        config: of the student's run.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: if it cannot be read, or was trained on other data, latents or noise than the student.
+    """
+    assert config.distill is not None
+    path = find_model(Path(config.distill.teacher))
+    theirs = data_facts(read_header(path).config)
+    for key, value in data_facts(config).items():
+        if theirs[key] != value:
+            raise UserError(
+                f"distill.teacher: {path} was trained with {key}={theirs[key]}, and the student has {value}; "
+                "teacher and student need the same data, latents and noise process"
+            )
+    return path
+
+
+class Distillation:
+    """The loss of a batch under a teacher.
+
+    Args:
+        config: of the run.
+        process: noise process.
+        sigma_data: deviation of the latents.
+        network: the student.
+        averages: of the student's weights.
+        device: where the teacher goes.
+
+    Raises:
+        UserError: if the teacher does not fit.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        process: Process,
+        sigma_data: float,
+        network: BaseNetwork,
+        averages: Averages,
+        device: torch.device,
+    ) -> None:
+        assert config.distill is not None
+        self.config: DistillConfig = config.distill
+        self.tokens, self.process, self.sigma_data = config.tokens, process, sigma_data
+        path = check_teacher(config)
+        teacher_config, teacher, facts = load_model(path)
+        if abs(facts.sigma_data / sigma_data - 1) > CLOSE:
+            raise UserError(
+                f"distill.teacher: {path} was trained with sigma_data {facts.sigma_data:.4g}, and the "
+                f"student has {sigma_data:.4g}; leave process.sigma_data as the teacher's"
+            )
+        precision = PRECISIONS[config.precision]
+        self.teacher = process.denoiser(teacher.to(device).requires_grad_(False), precision)
+        sampling = config.sampling if self.config.method != "progressive" else teacher_config.sampling
+        steps = self.config.steps * (2 if self.config.method == "progressive" else 1)
+        self.grid = process.grid(sampling.model_copy(update={"steps": steps}), steps)
+        self.target: Denoiser | None = None
+        if self.config.target == "ema" and self.config.method in ("consistency", "codi"):
+            self.target = process.denoiser(_averaged(network, averages), precision)
+
+    def __call__(
+        self, student: Denoiser, batch: TrainingBatch, noise: NoiseConfig, mask_ratio: float
+    ) -> Tensor:
+        """Mean loss of a batch; see :mod:`shoestring.diffusion.distillation`."""
+        assert batch.guidance_B is not None, "a batch of a distillation draws scales of guidance"
+        config, process, tokens = self.config, self.process, self.tokens
+        low, high = config.guidance
+        side = student.patch_size
+        grid = (batch.x0.shape[2] // side, batch.x0.shape[3] // side)
+        sample = Sample(
+            batch.x0,
+            batch.noise,
+            batch.conditioning,
+            torch.special.ndtr(batch.level_B),
+            low + (high - low) * batch.guidance_B,
+            visible_from_noise(batch.mask_BL, mask_ratio, tokens.pattern, grid, tokens.block),
+        )
+        target = self.target if self.target is not None else student
+        if config.method == "consistency":
+            loss_B = consistency_loss(
+                process, student, target, self.teacher, sample, self.grid, config.solver, config.huber
+            )
+        elif config.method == "codi":
+            loss_B = codi_loss(process, student, target, sample, self.grid, config.huber, config.data_weight)
+        elif config.method == "guided":
+            level = process.level_from_normal(batch.level_B, noise)
+            loss_B = guided_loss(process, student, self.teacher, sample, level)
+        else:
+            loss_B = progressive_loss(process, student, self.teacher, sample, self.grid, self.sigma_data)
+        return loss_B.mean()
+
+
+def _averaged(network: BaseNetwork, averages: Averages) -> BaseNetwork:
+    """The network with the averaged weights: the same memory, so that it follows and resumes with them."""
+    twin = copy.deepcopy(network).requires_grad_(False)
+    named = averages.named(CLASSIC)
+    for name, parameter in twin.named_parameters():
+        parameter.data = named[name]
+    return twin.eval()
