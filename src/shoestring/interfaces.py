@@ -66,7 +66,8 @@ class Conditioning:
     image: Float[Tensor, "B C H W"] | None = None
     """Super-resolution: latents of the small picture, enlarged to the size of what is drawn."""
     guidance_B: Float[Tensor, " B"] | None = None
-    """Distilled models: the scale of guidance that is asked for; the empty condition keeps it."""
+    """Distilled models: the scale of guidance that is asked for (``None`` = 1, none); the empty condition
+    keeps it."""
 
     def __post_init__(self) -> None:
         assert (self.text_BSD is None) != (self.class_B is None), "either text or class"

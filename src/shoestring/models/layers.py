@@ -242,14 +242,17 @@ class GuidanceEmbedding(nn.Module):
         super().__init__()
         self.map = nn.Linear(self.FEATURES, dim, bias=False)
 
-    def forward(self, guidance_B: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
-        """Embed the scale."""
-        return self.map(guidance_features(guidance_B).to(self.map.weight.dtype))
+    def forward(self, guidance_B: Float[Tensor, " B"] | None) -> Float[Tensor, "B D"]:
+        """Embed the scale; without one it is 1, no guidance, for all."""
+        return self.map(guidance_features(guidance_B, self.map.weight))
 
 
-def guidance_features(guidance_B: Float[Tensor, " B"]) -> Float[Tensor, "B F"]:
-    """What :class:`GuidanceEmbedding` and U-Nets see of the scale of guidance."""
-    return sinusoidal_features(GuidanceEmbedding.SCALE * guidance_B, GuidanceEmbedding.FEATURES)
+def guidance_features(guidance_B: Float[Tensor, " B"] | None, like: Tensor) -> Float[Tensor, "B F"]:
+    """What :class:`GuidanceEmbedding` and U-Nets see of the scale of guidance, which is 1 where it is None."""
+    if guidance_B is None:
+        guidance_B = torch.ones(1, device=like.device)
+    features_BF = sinusoidal_features(GuidanceEmbedding.SCALE * guidance_B, GuidanceEmbedding.FEATURES)
+    return features_BF.to(like.dtype)
 
 
 class CaptionMLP(nn.Module):

@@ -375,7 +375,6 @@ class DiffusionTransformer(BaseNetwork):
         if prepared.pooled_BD is not None:
             c_BD = c_BD + prepared.pooled_BD
         if self.config.guidance_input:
-            assert conditioning.guidance_B is not None, "a distilled network needs the scale of guidance"
             c_BD = c_BD + self.guidance_embedder(conditioning.guidance_B)
         layers = Pass(self, grid, c_BD, prepared)
         tokens, places = self.routing(layers, x_BLD, visible_BK, path_dropped_B)

@@ -205,8 +205,7 @@ class UNet(BaseNetwork):
         )
         scale_BF = None
         if self.config.guidance_input:
-            assert conditioning.guidance_B is not None, "a distilled network needs the scale of guidance"
-            scale_BF = guidance_features(conditioning.guidance_B).to(x.dtype)
+            scale_BF = guidance_features(conditioning.guidance_B, x)
         out = self.unet(
             x,
             time_B,

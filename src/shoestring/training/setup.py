@@ -19,7 +19,7 @@ from shoestring.models.transformer import DiffusionTransformer
 from shoestring.planning import fitting_micro_batch, measured_peak_flops
 from shoestring.runtime import PRECISIONS, UserError, Workers, default_workers, say, stream
 from shoestring.training.compiling import compile_blocks
-from shoestring.training.distilling import Distillation
+from shoestring.training.distilling import Distillation, check_teacher
 from shoestring.training.folder import MACHINE, remember
 from shoestring.training.optim import Optimizers
 from shoestring.training.parallel import Parallel
@@ -73,11 +73,13 @@ class Setup:
             With the weights that the run begins with, on the CPU.
 
         Raises:
-            UserError: if they are to be read from a file that does not fit.
+            UserError: if they are to be read from a file that does not fit, or a teacher does not.
         """
         network = build_network(self.config, stream(self.config.seed, "init"))
         if not self.parallel.from_first(lambda: begun(self.folder)):
             initial_weights(self.config, network)
+        if self.config.distill is not None:
+            self.parallel.from_first(lambda: check_teacher(self.config))
         return network
 
     def learner(self, network: BaseNetwork, sigma_data: float) -> Learner:

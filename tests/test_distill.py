@@ -1,0 +1,452 @@
+"""Distillation: closed forms on a Gaussian, step 0, guidance as an input, whole runs, what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from run_folders import config_of, make_checkpoint
+from shoestring.adapt.distill import Distilling, distill_recipe, distill_runs
+from shoestring.cli.main import app
+from shoestring.config import (
+    DistillConfig,
+    ProcessConfig,
+    SamplingConfig,
+    TokensConfig,
+    UNetConfig,
+    apply_overrides,
+)
+from shoestring.diffusion.distillation import (
+    Sample,
+    codi_loss,
+    consistency_loss,
+    guided_estimate,
+    guided_loss,
+    progressive_loss,
+    teacher_step,
+)
+from shoestring.diffusion.process import EDMProcess, build_process
+from shoestring.interfaces import Conditioning, Denoised, NoiseLevel
+from shoestring.models.files import build_network, load_model, read_header
+from shoestring.planning import model_flops
+from shoestring.planning.distillation import passes
+from shoestring.runtime import UserError, stream
+from shoestring.sampling.generate import load_pipeline, no_fresh_noise
+from shoestring.sampling.guidance import GuidedDenoiser
+from shoestring.sampling.samplers import solve
+from shoestring.training.folder import checkpoint_folders
+from shoestring.training.loop import train
+from shoestring.training.starting import initial_weights
+
+DATA = 0.5
+EDM, FLOW = EDMProcess(DATA), build_process(ProcessConfig(kind="flow"), None)
+DDPM = build_process(ProcessConfig(kind="ddpm", prediction="v"), None)
+PROCESSES = {"edm": EDM, "flow": FLOW, "ddpm": DDPM}
+UNET = UNetConfig(kind="unet", in_channels=3, channels=8, caption_dim=256, patch_size=2, mask_captions=True)
+
+
+class Exact:
+    """A denoiser in closed form: ``estimate`` of (xt, level)."""
+
+    predicts_all, patch_size, guidance_input = False, 1, False
+
+    def __init__(self, estimate):
+        self.estimate, self.calls = estimate, 0
+
+    def __call__(self, xt, level, conditioning, visible_BK=None, path_dropped_B=None):
+        self.calls += 1
+        return Denoised.whole(self.estimate(xt, *level.images()), 1)
+
+    def prepare(self, conditioning):
+        return conditioning
+
+
+def posterior_mean(xt, alpha, sigma):
+    """Of data N(0, DATA^2)."""
+    return alpha * DATA**2 * xt / ((alpha * DATA) ** 2 + sigma**2)
+
+
+def end_of_path(xt, alpha, sigma):
+    """Where the probability-flow ODE of N(0, DATA^2) leads from (alpha, sigma) to (1, 0)."""
+    return xt * DATA / ((alpha * DATA) ** 2 + sigma**2).sqrt()
+
+
+def sample_of(count=64, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, 1, 4, 4)
+    return Sample(
+        DATA * torch.randn(shape, generator=generator, dtype=torch.float64),
+        torch.randn(shape, generator=generator, dtype=torch.float64),
+        Conditioning.nothing(count),
+        torch.rand(count, generator=generator, dtype=torch.float64),
+        torch.full((count,), scale, dtype=torch.float64),
+    )
+
+
+def grid_of(process, steps):
+    return process.grid(SamplingConfig(steps=steps, sigma_min=0.01), steps)
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+def test_the_exact_consistency_function_has_no_loss_on_a_fine_path(kind):
+    """With the error of one Heun step, which falls with its length, and no other."""
+    process, teacher, exact = PROCESSES[kind], Exact(posterior_mean), Exact(end_of_path)
+
+    def loss(student, steps, solver="heun"):
+        grid = grid_of(process, steps)[:-1]  # the step into sigma 0 is never exact
+        found = consistency_loss(process, student, exact, teacher, sample_of(), grid, solver, 0.0)
+        return found.median().item()
+
+    coarse, fine, finest = loss(exact, 20), loss(exact, 80), loss(exact, 320)
+    assert finest < fine < coarse
+    assert fine < coarse / 30  # second order: the error of a step falls with its cube, divided by its length
+    assert loss(exact, 80, "euler") > 10 * fine
+    assert loss(Exact(posterior_mean), 80) > 1000 * fine
+
+
+def test_the_last_step_aims_at_the_teacher_s_own_estimate():
+    sample = sample_of()
+    sample = replace(sample, uniform_B=torch.full_like(sample.uniform_B, 0.999))
+    teacher, target = Exact(posterior_mean), Exact(end_of_path)
+    loss_B = consistency_loss(
+        EDM, Exact(posterior_mean), target, teacher, sample, grid_of(EDM, 10), "heun", 0.001
+    )
+    assert loss_B.abs().max() < 1e-9
+    assert loss_B.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+def test_two_steps_of_the_teacher_are_one_of_the_student(kind):
+    """The wanted estimate is that whose single DDIM step ends where the teacher's two end."""
+    process, teacher, seen = PROCESSES[kind], Exact(posterior_mean), []
+    grid, sample = grid_of(process, 8), sample_of(256)
+
+    def single(xt, alpha, sigma):
+        """Found from the grid, by the sampler itself."""
+        out = torch.empty_like(xt)
+        for i in range(0, 8, 2):
+            here = (
+                sigma.flatten() / alpha.flatten().clamp(min=1e-9) - grid[i][1] / max(grid[i][0], 1e-9)
+            ).abs()
+            rows = here < 1e-6 * (1 + grid[i][1] / max(grid[i][0], 1e-9))
+            seen.append(int(rows.sum()))
+            if not rows.any():
+                continue
+            two = solve(
+                teacher, xt[rows], grid[i : i + 3], Conditioning.nothing(int(rows.sum())),
+                SamplingConfig(sampler="euler"), no_fresh_noise,
+            )  # fmt: skip
+            r = grid[i + 2][1] / grid[i][1]
+            out[rows] = (two - r * xt[rows]) / (grid[i + 2][0] - r * grid[i][0])
+        return out
+
+    loss_B = progressive_loss(process, Exact(single), teacher, sample, grid, DATA)
+    assert sum(seen) == 256
+    assert sum(count > 0 for count in seen) == 4
+    assert loss_B.max() < 1e-9
+    assert progressive_loss(process, teacher, teacher, sample, grid, DATA).mean() > 1e-4
+
+
+def test_codi_is_the_distance_of_the_noises_and_of_the_data():
+    grid, sample = grid_of(EDM, 12), sample_of(16)
+    sample = replace(sample, uniform_B=torch.full_like(sample.uniform_B, 0.5))  # step 5 of 11
+    student = Exact(lambda xt, alpha, sigma: 0.3 * xt)
+    target = Exact(lambda xt, alpha, sigma: 0.2 * xt)
+    loss_B = codi_loss(EDM, student, target, sample, grid, 0.0, 0.0)
+    sigma, following = grid[5][1], grid[6][1]
+    xt = sample.x0 + sigma * sample.noise
+    noise_t = (xt - 0.3 * xt) / sigma
+    xs = 0.3 * xt + following * noise_t
+    noise_s = (xs - 0.2 * xs) / following
+    torch.testing.assert_close(loss_B, (noise_t - noise_s).square().mean(dim=(1, 2, 3)))
+    with_data = codi_loss(EDM, student, target, sample, grid, 0.0, 2.0)
+    level = NoiseLevel(torch.ones(16, dtype=torch.float64), torch.full((16,), sigma, dtype=torch.float64))
+    pull = 2 * EDM.weight(level) * (0.3 * xt - sample.x0).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(with_data - loss_B, pull)
+
+
+def test_a_step_of_the_teacher_is_a_step_of_the_sampler():
+    sample, grid = sample_of(6), grid_of(EDM, 5)
+    for solver in ("euler", "heun"):
+        for i in range(5):
+            level, following = (
+                NoiseLevel(*(torch.full((6,), v, dtype=torch.float64) for v in pair))
+                for pair in grid[i : i + 2]
+            )
+            ours = teacher_step(Exact(posterior_mean), sample.noise, level, following, sample, solver)
+            theirs = solve(
+                Exact(posterior_mean), sample.noise, grid[i : i + 2], sample.conditioning,
+                SamplingConfig(sampler=solver), no_fresh_noise,
+            )  # fmt: skip
+            torch.testing.assert_close(ours, theirs)
+
+
+# -- networks ---------------------------------------------------------------------------------------------
+
+
+def drawn(config):
+    network = build_network(config, stream(3, "distill"))
+    for parameter in network.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return network
+
+
+@pytest.fixture(params=["microdit", "unet"])
+def config(request):
+    config = config_of()
+    if request.param == "microdit":
+        return config
+    return config.model_copy(update={"model": UNET, "tokens": TokensConfig(method="dense")})
+
+
+def noisy(count=3, side=8):
+    generator = torch.Generator().manual_seed(5)
+    x, text = (
+        torch.randn(count, 3, side, side, generator=generator),
+        torch.randn(count, 4, 256, generator=generator),
+    )
+    level = NoiseLevel(torch.ones(count), torch.tensor([0.2, 1.0, 5.0][:count]))
+    return x, level, Conditioning(text, torch.ones(count, 4, dtype=torch.bool))
+
+
+def test_guidance_of_each_picture_is_the_sampler_s(config):
+    torch.manual_seed(0)
+    denoiser = EDM.denoiser(drawn(config).eval(), torch.float32)
+    x, level, captions = noisy()
+    scales = torch.tensor([1.0, 2.5, 4.0])
+    with torch.no_grad():
+        ours = guided_estimate(denoiser, x, level, Sample(x, x, captions, scales, scales))
+        for i, scale in enumerate(scales.tolist()):
+            row = slice(i, i + 1)
+            guided = GuidedDenoiser(denoiser, SamplingConfig(guidance=scale))
+            here = NoiseLevel(level.alpha_B[row], level.sigma_B[row])
+            theirs = guided(x[row], here, captions.part(row)).image()
+            torch.testing.assert_close(ours[row], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_step_0_with_guidance_as_an_input_is_the_base(config, tmp_path):
+    make_checkpoint(tmp_path / "base", config)
+    base = load_model(next((tmp_path / "base/checkpoints").glob("*/ema.safetensors")))[1]
+    recipe = distill_recipe(tmp_path / "base", "student", Distilling("guided", 4, (1.0, 6.0), 100, 10, 1e-3))
+    student = build_network(recipe, stream(0, "init"))
+    initial_weights(recipe, student)
+    x, level, captions = noisy()
+    with torch.no_grad():
+        for scale in (1.0, 3.7):
+            asked = replace(captions, guidance_B=torch.full((3,), scale))
+            ours = EDM.denoiser(student.eval(), torch.float32)(x, level, asked).image()
+            assert torch.equal(ours, EDM.denoiser(base, torch.float32)(x, level, captions).image())
+    for name, parameter in student.named_parameters():  # not so any more once it has learned
+        if "guidance_embedder" in name or "cond_proj" in name:
+            parameter.data += 0.1
+    with torch.no_grad():
+        moved = EDM.denoiser(student, torch.float32)(x, level, asked).image()
+    assert not torch.allclose(moved, ours)
+
+
+def test_every_parameter_of_a_student_learns(config):
+    config = config.model_copy(update={"model": config.model.model_copy(update={"guidance_input": True})})
+    student, teacher = (
+        drawn(config),
+        drawn(config_of())
+        if config.model.kind == "microdit"
+        else drawn(config.model_copy(update={"model": UNET})),
+    )
+    x, level, captions = noisy()
+    sample = Sample(0.5 * x, x, captions, torch.rand(3), torch.tensor([1.5, 2.0, 3.0]))
+    pair = [EDM.denoiser(network, torch.float32) for network in (student, teacher)]
+    guided_loss(EDM, *pair, sample, level).mean().backward()
+    without = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()]
+    assert [name for name in without if "mask_token" not in name] == []
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_flops_with_guidance_as_an_input(config):
+    counted, ours = [], []
+    for takes_scale in (True, False):
+        model = config.model.model_copy(update={"guidance_input": takes_scale})
+        network = build_network(config.model_copy(update={"model": model}), stream(0, "flops"))
+        x, level, captions = noisy(1)
+        side = 8 // model.patch_size
+        with FlopCounterMode(display=False) as counter:
+            network(x, level.sigma_B, replace(captions, guidance_B=torch.ones(1) if takes_scale else None))
+        counted.append(counter.get_total_flops())
+        ours.append(model_flops(model, (side, side), 4, 0.0, config.tokens).forward)
+    assert ours[0] - ours[1] == counted[0] - counted[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "solver", "guidance"),
+    [
+        ("consistency", "heun", 2.0),
+        ("consistency", "euler", 1.0),
+        ("codi", "heun", 1.0),
+        ("guided", "heun", 2.0),
+        ("progressive", "heun", 2.0),
+        ("progressive", "heun", 1.0),
+    ],
+)
+def test_the_planner_counts_the_passes_that_are_made(method, solver, guidance):
+    counts = {"teacher": 0, "target": 0, "student": 0}
+
+    def counting(role):
+        def estimate(xt, alpha, sigma):
+            counts[role] += len(xt)
+            return posterior_mean(xt, alpha, sigma)
+
+        return Exact(estimate)
+
+    student, target, teacher = counting("student"), counting("target"), counting("teacher")
+    sample, grid = sample_of(10, guidance), grid_of(EDM, 8)
+    if method == "consistency":
+        consistency_loss(EDM, student, target, teacher, sample, grid, solver, 0.0)
+    elif method == "codi":
+        codi_loss(EDM, student, target, sample, grid, 0.0, 1.0)
+    elif method == "guided":
+        guided_loss(EDM, student, teacher, sample, NoiseLevel(torch.ones(10), torch.ones(10)))
+    else:
+        progressive_loss(EDM, student, teacher, sample, grid, DATA)
+    config = DistillConfig(method=method, teacher="x", guidance=(guidance, guidance), solver=solver)
+    assert passes(config, takes_scale=False) == (counts["teacher"] / 10, counts["target"] / 10)
+    assert counts["student"] == 10
+
+
+# -- runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "base"
+    config = config_of()
+    stages = (config.stages[1].model_copy(update={"resolution": 24}),)  # the least that shapes are drawn at
+    make_checkpoint(folder, config.model_copy(update={"stages": stages}))
+    return folder
+
+
+def weights(run):
+    return read_header(checkpoint_folders(run)[-1] / "ema.safetensors", None).tensors
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "consistency"],
+        ["--method", "consistency", "--guidance", "1", "--guidance", "3", "stages.0.mask_ratio=0.5"],
+        ["--method", "codi", "distill.target=student"],
+        ["--method", "guided"],
+        ["--method", "progressive", "--steps", "2", "--first-steps", "4"],
+    ],
+    ids=["consistency", "masked, scale as an input", "codi", "guided", "progressive"],
+)
+def test_a_distillation_trains_resumes_exactly_and_draws(base, tmp_path, options):
+    out = tmp_path / "student"
+    words = ["adapt", "distill", str(base), *options, "--nimg", "32", "--batch", "8", "--lr", "0.001"]
+    words += ["--out", str(out), "logging.checkpoint_nimg=16", "logging.keep_checkpoints=9"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    first = weights(out)
+    start = weights(base)
+    assert any(not torch.equal(first[name], start[name]) for name in start)
+    newest = checkpoint_folders(out)[-1]
+    assert int(newest.name) == 32
+    newest.rename(tmp_path / "apart")
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    again = weights(out)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+    pipeline = load_pipeline(out, torch.device("cpu"))
+    sampling = pipeline.config.sampling
+    assert sampling.sampler == {"guided": "euler", "progressive": "ddim"}.get(options[1], "consistency")
+    drawn = pipeline.draw(["a red circle", ""], 0, [0, 1], sampling)
+    assert drawn.shape == (2, 3, 24, 24)
+    if pipeline.config.model.guidance_input:
+        other = pipeline.draw(["a red circle", ""], 0, [0, 1], sampling.model_copy(update={"guidance": 1.2}))
+        assert pipeline.denoiser.guidance_input
+        assert other.shape == drawn.shape
+        with pytest.raises(UserError, match="a negative prompt is given, but this model was distilled"):
+            pipeline.draw(["a red circle"], 0, [0], sampling, negative="blue")
+
+
+def test_progressive_grids_are_nested(base, tmp_path):
+    runs = distill_runs(base, "s", tmp_path / "s", Distilling("progressive", 2, (2.0, 2.0), 8, 8, 1e-3), 8)
+    assert [each.asked.steps for each in runs] == [8, 4, 2]
+    assert runs[-1].out == tmp_path / "s"
+    assert [each.teacher for each in runs] == [base, runs[0].out, runs[1].out]
+    process = EDM.grid(SamplingConfig(steps=16), 16)
+    for each in runs:
+        config = distill_recipe(each.teacher, each.name, each.asked)
+        steps = each.asked.steps
+        grid = EDM.grid(config.sampling, steps)
+        wanted = process[:: 16 // steps]
+        for ours, theirs in zip(grid, wanted, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+        make_checkpoint(each.out, config)
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------
+
+
+def asked(method="consistency", guidance=None, steps=4):
+    return Distilling(method, steps, guidance, 40, 8, 1e-3)
+
+
+def test_teacher_and_student_of_other_data(base, tmp_path):
+    recipe = distill_recipe(base, "student", asked())
+    changed = apply_overrides(recipe, ["data.source=openmoji"])
+    with pytest.raises(
+        UserError, match=r"trained with data\.source=shapes, and the student has openmoji"
+    ) as error:
+        train(changed, tmp_path / "x", Console(quiet=True))
+    assert "\n" not in str(error.value)
+    changed = apply_overrides(recipe, ["process.sigma_data=0.7", "initial_weights=null"])
+    with pytest.raises(UserError, match=r"sigma_data 0\.5, and the student has 0\.7"):
+        train(changed, tmp_path / "y", Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["distill.guidance=[1, 3]"], "model.guidance_input is false, so the model would not know"),
+        (["distill.method=guided"], "method is guided, which makes the scale of guidance an input"),
+        (["distill.method=codi"], "method=codi has no teacher to guide"),
+        (["distill.guidance=[3, 1]"], r"guidance is .*3.*1.*; it must be"),
+        (["distill.steps=1"], "a path needs 2 noise levels or more"),
+        (["parallel.sharding=fsdp"], "parallel.sharding is fsdp, which spreads the average"),
+        (["stages.0.ema_decay=null"], "ema_decay is null, but distill.target is ema"),
+        (["distill.data_weight=1"], "data_weight is 1, but method=consistency has none"),
+        (["distill.teacher=nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_settings_that_do_not_fit(base, tmp_path, changes, sentence):
+    recipe = distill_recipe(base, "student", asked())
+    with pytest.raises(UserError, match=sentence):
+        train(apply_overrides(recipe, changes), tmp_path / "x", Console(quiet=True))
+
+
+def test_what_cannot_be_distilled_is_said_in_a_sentence(base, tmp_path):
+    with pytest.raises(UserError, match="codi has no teacher to guide; leave it out"):
+        distill_recipe(base, "student", asked("codi", (2.0, 2.0)))
+    with pytest.raises(UserError, match=r"--first-steps is 6; halved .* must become --steps \(4\)"):
+        distill_runs(base, "student", tmp_path, asked("progressive"), 6)
+    done = distill_recipe(base, "student", asked())
+    make_checkpoint(tmp_path / "done", done)
+    with pytest.raises(UserError, match=r"is distilled already \(consistency\)"):
+        distill_recipe(tmp_path / "done", "again", asked())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--method", "magic"], "--method is 'magic'; choose from consistency, codi, guided, progressive"),
+        (["--lr", "0"], "--lr is 0; it must be above 0"),
+        (["--guidance", "1", "--guidance", "2", "--guidance", "3"], "give one scale or two"),
+        (["--guidance", "-1"], "give one scale or two, each 0 or more"),
+    ],
+)
+def test_wrong_options(base, words, sentence):
+    done = CliRunner().invoke(app, ["adapt", "distill", str(base), *words])
+    assert sentence in str(done.exception)
