@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoestring.config import RunConfig, SamplingConfig, from_json
+from shoestring.diffusion.grids import PLACES
 from shoestring.diffusion.process import build_process
 from shoestring.models.files import Header, find_model, read_header
 from shoestring.runtime import UserError
@@ -30,6 +31,8 @@ class Distilling:
     nimg: int
     batch: int
     lr: float
+    halvings: int = 0
+    """Progressive: rounds still to come, whose levels are among those of this one."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,13 @@ def distill_runs(teacher: Path, name: str, out: Path, asked: Distilling, first_s
             f"such as {asked.steps}, {2 * asked.steps} or {4 * asked.steps}"
         )
     rounds: list[Round] = []
-    for count in steps:
+    for i, count in enumerate(steps):
         folder = out if count == asked.steps else out / "rounds" / str(count)
         before = rounds[-1].out if rounds else teacher
         run_name = name if count == asked.steps else f"{name}-round-{count}"
-        rounds.append(Round(before, run_name, folder, replace(asked, steps=count)))
+        rounds.append(
+            Round(before, run_name, folder, replace(asked, steps=count, halvings=len(steps) - 1 - i))
+        )
     return rounds
 
 
@@ -189,20 +194,24 @@ def _sampling(
     if asked.method != "codi":
         folded = min(max(teachers.guidance, guidance[0]), guidance[1])
         changes["guidance"] = folded if takes_scale else 1.0
-    if asked.method in ("consistency", "codi"):
-        changes |= {"sampler": "consistency", "steps": asked.steps}
-    elif asked.method == "progressive":
-        changes |= {"sampler": "ddim", "steps": asked.steps} | _every_other(header, asked.steps)
+    if asked.method != "guided":
+        sampler = "ddim" if asked.method == "progressive" else "consistency"
+        changes |= {"sampler": sampler, "steps": asked.steps} | _table(header, asked.steps >> asked.halvings)
     return SamplingConfig.model_validate(teachers.model_dump() | changes)
 
 
-def _every_other(header: Header, steps: int) -> dict[str, Any]:
-    """The student's grid: every other level of the teacher's, as a table where no rule gives it."""
+def _table(header: Header, steps: int) -> dict[str, Any]:
+    """The student's grid: no step is spent on the least noise, which counts as none.
+
+    Grids in timesteps spend none as they are. Other numbers of steps stretch the table, so that every other
+    level of twice as many steps is one of its own: what progressive distillation needs.
+    """
     sampling = header.config.sampling
     process = build_process(header.config.process, header.facts.sigma_data)
     spacing = process.spacing if sampling.spacing == "auto" else sampling.spacing
-    if spacing == "trailing":  # nested as it is
+    if spacing in PLACES:
+        return {"spacing": "trailing"}
+    if spacing == "table":  # somebody's own, or that of the round before
         return {}
-    grid = process.grid(sampling.model_copy(update={"steps": 2 * steps}), 2 * steps)[::2]
-    ratios = [sigma / alpha for alpha, sigma in grid[:-1]]
-    return {"spacing": "table", "sigmas": [*ratios, ratios[-1] / 2]}
+    grid = process.grid(sampling.model_copy(update={"steps": steps + 1}), steps + 1)
+    return {"spacing": "table", "sigmas": [sigma / alpha for alpha, sigma in grid[:-1]]}

@@ -248,7 +248,7 @@ class GuidanceEmbedding(nn.Module):
 
 
 def guidance_features(guidance_B: Float[Tensor, " B"] | None, like: Tensor) -> Float[Tensor, "B F"]:
-    """What :class:`GuidanceEmbedding` and U-Nets see of the scale of guidance, which is 1 where it is None."""
+    """What a network sees of the scale of guidance, which is 1 where it is ``None``."""
     if guidance_B is None:
         guidance_B = torch.ones(1, device=like.device)
     features_BF = sinusoidal_features(GuidanceEmbedding.SCALE * guidance_B, GuidanceEmbedding.FEATURES)

@@ -71,7 +71,7 @@ def run_sampling(job: SamplingJob, console: Console) -> bool:
     study.models = _chosen(study.models, job.only)
     if not job.report_only:
         study.check_same()
-        _ = study.extractor  # a missing package shows now, and not after the first training
+        _ = study.pictures.extractor  # a missing package shows now, and not after the first training
         if not study.run(job.train_only):
             return False
     rows = most_samples(study.rows())

@@ -12,51 +12,37 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
 from shoestring.config import CODEC_DOWNSAMPLING, RunConfig, SamplingConfig
 from shoestring.evaluation.digests import file_digest
-from shoestring.evaluation.distances import KernelReference, frechet_distance
-from shoestring.evaluation.extractor import kept_outputs
-from shoestring.evaluation.features import EfficientNetLite0Features
-from shoestring.evaluation.manifold import overlap
-from shoestring.evaluation.shapeeval import ShapePrompt, make_shape_prompts, shows
-from shoestring.models.files import find_model
+from shoestring.models.files import find_model, read_header
 from shoestring.planning import model_flops
 from shoestring.runtime import TrainingFailed, UserError, pick_device, say, write_text
 from shoestring.sampling.generate import (
     Pipeline,
-    batches,
-    class_prompts,
     load_pipeline,
     picture_grid,
     save_png,
 )
-from shoestring.sampling.lowres import made_small
 from shoestring.sampling.samplers import SAMPLERS, lowered_order
-from shoestring.studies.sampling_models import Model, data_of, given_models, trained_flops
+from shoestring.studies.sampling_models import Model, given_models, trained_flops
+from shoestring.studies.sampling_pictures import Pictures
 from shoestring.studies.sampling_recipes import MEASURED, Preset, Training, recipe, trainings
 from shoestring.studies.sampling_rows import METRICS, Row, append_row, read_rows
 from shoestring.studies.sampling_search import coarse_to_fine
 from shoestring.studies.token_recipes import parameters
 from shoestring.studies.token_rows import read_json
-from shoestring.training.display import LiveLine, duration
+from shoestring.training.display import duration
 from shoestring.training.folder import Busy, checkpoint_folders, locked
 from shoestring.training.loop import train
-from shoestring.training.stage_data import real_pictures
 
-SAMPLE_SEED = 1
-DRAW_BATCH, PIECE = 100, 50
 SHOWN = 20
-REFERENCE = 5_000
-"""Held-out pictures that drawn ones are compared with, at most."""
 CURVE_SAMPLING = SamplingConfig(sampler="dpmpp-2m", steps=20, guidance=1.5)
 """With which checkpoints on the way are measured: quality against training compute."""
 
@@ -103,7 +89,7 @@ class Study:
     ) -> None:
         self.preset, self.plan, self.folder, self.data_path = preset, plan, folder, data_path
         self.console = console
-        self._references: dict[tuple[object, ...], tuple[Tensor, KernelReference]] = {}
+        self.pictures = Pictures(folder, plan.samples, console)
         self.models = [
             Model(t.size.name, t.size.family, t.seed, folder / "models" / t.key, t) for t in trainings(preset)
         ]
@@ -200,13 +186,17 @@ class Study:
 
     def _on_the_way(self, model: Model) -> Iterator[tuple[Path, SamplingConfig]]:
         """Checkpoints of a training, for quality against training compute."""
-        if model.training is None:
+        if model.training is not None:
+            nimg = self.config(model.training).nimg
+        elif model.on_the_way:
+            config = read_header(find_model(model.folder)).config
+            nimg, own = config.nimg, config.sampling
+        else:
             return
-        nimg = self.config(model.training).nimg
         wanted = {round(nimg * share) for share in MEASURED}
         for folder in checkpoint_folders(model.folder):
             if int(folder.name) in wanted:
-                yield find_model(folder), CURVE_SAMPLING
+                yield find_model(folder), CURVE_SAMPLING if model.training is not None else own
 
     def _search(
         self, model: Model, checkpoint: Path, sampler: str, steps: int, have: dict[tuple[object, ...], Row]
@@ -214,12 +204,17 @@ class Study:
         sign = -1 if METRICS[self.plan.metric] else 1
 
         def value(guidance: float) -> float:
-            sampling = SamplingConfig(sampler=sampler, steps=steps, guidance=guidance)
-            found = float(getattr(self._cell(model, checkpoint, sampling, have), self.plan.metric))
+            changes = {"sampler": sampler, "steps": steps, "guidance": guidance}
+            found = float(
+                getattr(
+                    self._cell(model, checkpoint, base.model_copy(update=changes), have), self.plan.metric
+                )
+            )
             if not math.isfinite(found):
                 raise UserError(
                     f"--metric is {self.plan.metric}, and {model.name} has none (only pictures of shapes, "
-                    "drawn from captions, have an accuracy); choose kid or fd"
+                    "drawn from captions, have an accuracy, only enlarged ones a psnr and a "
+                    "feature_distance); choose kid or fd"
                 )
             return sign * found
 
@@ -228,9 +223,12 @@ class Study:
             say(self.console, said)
         scales = self.plan.guidance
         config = self._pipeline(checkpoint).config
-        if config.model.condition == "none" or config.superres is not None:
+        base = SamplingConfig() if config.distill is None else config.sampling  # a student has its own grid
+        folded = config.distill is not None and config.sampling.guidance == 1
+        if config.model.condition == "none" or config.superres is not None or folded:
             if scales != (1.0,):
-                what = "enlarges pictures" if config.superres is not None else "is unconditional"
+                what = "has guidance folded in" if folded else "is unconditional"
+                what = "enlarges pictures" if config.superres is not None else what
                 say(self.console, f"{model.name} {what}: guidance has nothing to leave out, 1 is used")
             scales = (1.0,)
         if self.plan.full:
@@ -250,9 +248,9 @@ class Study:
         if blank.cell in have:
             return have[blank.cell]
         started = time.perf_counter()
-        pictures = self._draw(pipeline, sampling)
+        pictures = self.pictures.draw(pipeline, sampling)
         seconds = time.perf_counter() - started
-        figures = self._figures(pipeline, pictures)
+        figures = self.pictures.figures(pipeline, pictures)
         row = Row(**{**asdict(blank), **figures, "seconds": seconds})
         append_row(self.results, row)
         have[row.cell] = row
@@ -292,73 +290,6 @@ class Study:
             digest=file_digest(checkpoint)[:12],
         )
 
-    def _draw(self, pipeline: Pipeline, sampling: SamplingConfig) -> Tensor:
-        wanted = self._prompts(pipeline)
-        found = []
-        with LiveLine(self.console) as line:
-            started = time.perf_counter()
-            for part in batches(len(wanted), DRAW_BATCH):
-                found.append(
-                    pipeline.draw(
-                        [wanted[i] for i in part],
-                        SAMPLE_SEED,
-                        part,
-                        sampling,
-                        piece=PIECE,
-                        low=self._low(pipeline, part),
-                    )
-                )
-                done = part.stop
-                if done == len(wanted):
-                    break
-                left = (time.perf_counter() - started) / done * (len(wanted) - done)
-                line.show(f"{done:,}/{len(wanted):,} pictures  {duration(left)} left")
-        return torch.cat(found)
-
-    def _low(self, pipeline: Pipeline, part: Sequence[int]) -> Tensor | None:
-        """Held-out pictures made small, for super-resolution models."""
-        superres = pipeline.config.superres
-        if superres is None:
-            return None
-        images, _ = self._real(pipeline)
-        return made_small(images[[i % len(images) for i in part]], superres, SAMPLE_SEED, list(part))
-
-    def _prompts(self, pipeline: Pipeline) -> list[str]:
-        """The same for every cell: all classes in turn, or captions of the data."""
-        config, count = pipeline.config, self.plan.samples
-        if config.superres is not None:
-            names = [""]
-        elif config.model.condition == "class":
-            names = class_prompts(config.model.classes, pipeline.classes)
-        elif config.model.condition == "none":
-            names = [""]
-        elif config.data.source == "shapes":
-            names = [prompt.text for prompt in self._shapes(pipeline)]
-        else:
-            names = list(dict.fromkeys(self._real(pipeline)[1]))
-        return [names[i % len(names)] for i in range(count)]
-
-    def _shapes(self, pipeline: Pipeline) -> tuple[ShapePrompt, ...]:
-        each = math.ceil(self.plan.samples / 6)
-        return make_shape_prompts(each, pipeline.config.data.held_out)
-
-    def _figures(self, pipeline: Pipeline, pictures: Tensor) -> Mapping[str, float]:
-        features, kernel = self._reference(pipeline)
-        made = self.extractor(pictures)
-        estimate, shared = kernel.compare(made), overlap(features, made)
-        found = {
-            "kid": estimate.value,
-            "kid_error": estimate.standard_error,
-            "fd": frechet_distance(made, features),
-            "precision": shared.precision,
-            "recall": shared.recall,
-        }
-        if pipeline.config.data.source == "shapes" and pipeline.config.model.condition == "text":
-            asked = self._shapes(pipeline)
-            right = [shows(picture, asked[i % len(asked)]) for i, picture in enumerate(pictures)]
-            found["accuracy"] = sum(right) / len(right)
-        return found
-
     def _keep_grid(self, row: Row, pictures: Tensor) -> None:
         """The first pictures, to be looked at beside those of other networks at equal cost."""
         name = f"{row.model}-s{row.seed}-{row.nimg}-{row.sampler}-{row.steps}-{row.guidance:g}.png"
@@ -366,11 +297,6 @@ class Study:
         save_png(self.folder / "grids" / name, grid, asdict(row))
 
     # -- what is kept open ---------------------------------------------------------------------------------
-
-    @cached_property
-    def extractor(self) -> EfficientNetLite0Features:
-        """Features of pictures."""
-        return EfficientNetLite0Features()
 
     _open: tuple[Path, Pipeline] | None = None
 
@@ -384,20 +310,3 @@ class Study:
         if self._open is not None:
             self._open[1].workers.close()
             self._open = None
-
-    def _real(self, pipeline: Pipeline) -> tuple[Tensor, Sequence[str]]:
-        """Held-out pictures and their captions, at the side of the network's pictures."""
-        config, side = pipeline.config, pipeline.resolution
-        stage = next((s for s in reversed(config.stages) if s.resolution == side), config.stages[-1])
-        splits = real_pictures(config, stage, pipeline.codec, self.folder)
-        real = splits.held_out if len(splits.held_out) >= 3 else splits.train
-        return real.images[:REFERENCE], real.captions
-
-    def _reference(self, pipeline: Pipeline) -> tuple[Tensor, KernelReference]:
-        key = (*data_of(pipeline.config), pipeline.resolution)
-        if key not in self._references:
-            with self.console.status("Looking at the real pictures"):
-                images, _ = self._real(pipeline)
-                (features,) = kept_outputs(self.extractor, images, self.folder / "features", "real")[:1]
-                self._references[key] = features, KernelReference(features)
-        return self._references[key]

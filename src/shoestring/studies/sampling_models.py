@@ -25,6 +25,8 @@ class Model:
     """A run folder, a checkpoint folder or a model file."""
     training: Training | None = None
     """How the study trains it; ``None`` = it was given."""
+    on_the_way: bool = False
+    """Given: whether its earlier checkpoints are measured too, for quality against training compute."""
 
 
 def trained_flops(config: RunConfig, nimg: int) -> float:

@@ -26,7 +26,7 @@ from shoestring.studies.sampling_analysis import (
 )
 from shoestring.studies.sampling_rows import METRICS, Row
 
-NAMES = {"kid": "KID", "fd": "FD", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
+NAMES = {name: name.upper() if name in ("kid", "fd", "psnr") else name.replace("_", " ") for name in METRICS}
 HEAT = "37, 99, 168"
 SHOWN_BUDGETS = 3
 

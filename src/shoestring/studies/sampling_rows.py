@@ -44,6 +44,10 @@ class Row:
     recall: float
     accuracy: float = NOT_A_NUMBER
     """Pictures of shapes that show what was asked for; only there."""
+    psnr: float = NOT_A_NUMBER
+    """Super-resolution: dB to the pictures that were made small, mean."""
+    feature_distance: float = NOT_A_NUMBER
+    """Super-resolution: 1 - cosine of features to those pictures, mean. Not LPIPS."""
     seconds: float = NOT_A_NUMBER
     """Of drawing, as it ran."""
     digest: str = ""
@@ -58,7 +62,15 @@ class Row:
 
 _TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 _SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(Row)])
-METRICS = {"kid": False, "fd": False, "precision": True, "recall": True, "accuracy": True}
+METRICS = {
+    "kid": False,
+    "fd": False,
+    "precision": True,
+    "recall": True,
+    "accuracy": True,
+    "psnr": True,
+    "feature_distance": False,
+}
 """Whether higher is better."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoestring.config import DistillConfig, NoiseConfig, RunConfig
+from shoestring.config import DistillConfig, NoiseConfig, RunConfig, SamplingConfig
 from shoestring.diffusion.distillation import (
     Sample,
     codi_loss,
@@ -98,7 +98,7 @@ class Distillation:
         self.config: DistillConfig = config.distill
         self.tokens, self.process, self.sigma_data = config.tokens, process, sigma_data
         path = check_teacher(config)
-        teacher_config, teacher, facts = load_model(path)
+        _, teacher, facts = load_model(path)
         if abs(facts.sigma_data / sigma_data - 1) > CLOSE:
             raise UserError(
                 f"distill.teacher: {path} was trained with sigma_data {facts.sigma_data:.4g}, and the "
@@ -106,9 +106,10 @@ class Distillation:
             )
         precision = PRECISIONS[config.precision]
         self.teacher = process.denoiser(teacher.to(device).requires_grad_(False), precision)
-        sampling = config.sampling if self.config.method != "progressive" else teacher_config.sampling
-        steps = self.config.steps * (2 if self.config.method == "progressive" else 1)
-        self.grid = process.grid(sampling.model_copy(update={"steps": steps}), steps)
+        # A path of many levels is that of the process; a student's step is cut in two on its own grid.
+        halved = self.config.method == "progressive"
+        sampling = config.sampling if halved else SamplingConfig()
+        self.grid = process.grid(sampling, self.config.steps * (2 if halved else 1))
         self.target: Denoiser | None = None
         if self.config.target == "ema" and self.config.method in ("consistency", "codi"):
             self.target = process.denoiser(_averaged(network, averages), precision)
