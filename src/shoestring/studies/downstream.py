@@ -133,7 +133,8 @@ def _bases(study: Path, family: str) -> list[Base]:
     sizes = len({base.name for base in found})
     if sizes < 2:
         raise UserError(
-            f"{study} has {sizes} finished network{'s' * (sizes != 1)} of kind {family} in models/; two sizes or more are needed: run shoestring study sampling first"
+            f"{study} has {sizes} finished network{'s' * (sizes != 1)} of kind {family} in "
+            "models/; two sizes or more are needed: run shoestring study sampling first"
         )
     return sorted(found, key=lambda base: (base.gflops, base.seed))
 
