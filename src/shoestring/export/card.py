@@ -70,7 +70,7 @@ def model_card(source: Source, kind: str, plain: bool = False) -> str:
     parts = [
         f"---\n{yaml.safe_dump(_metadata(source, kind, results), sort_keys=False, allow_unicode=True)}---",
         f"# {config.name}",
-        f"An image diffusion model trained from scratch with shoestring {__version__}: {_in_words(config)}, "
+        f"An image diffusion model, trained with shoestring {__version__}: {_in_words(config)}, "
         f"for pictures of {source.facts.resolution} x {source.facts.resolution} pixels.",
         f"## Use\n\n{_use(source, kind, plain)}",
         f"## Model\n\n{_table(_model_rows(source))}",
@@ -152,8 +152,8 @@ def _use(source: Source, kind: str, plain: bool) -> str:
         if plain:
             return (
                 f"{text}\n\nAll parts are those of Stable Diffusion. The network was trained with zeros for "
-                "the empty caption: pass `negative_prompt_embeds=torch.zeros_like(prompt_embeds)` to guide as "
-                "it was trained."
+                "the empty caption: pass `negative_prompt_embeds=torch.zeros_like(prompt_embeds)` to guide "
+                "as it was trained. `latents=` are taken as they are; shoestring scales noise by the first sigma."
             )
         text += (
             "\n\nThe folder brings its own code, which reads torch, diffusers, transformers and numpy only. "
@@ -174,8 +174,8 @@ def _unet_use(model: UNetConfig) -> str:
     text = "\n\n`unet/` is a plain `UNet2DConditionModel` and loads without any code of ours."
     if model.patch_size > 1:
         text += (
-            f" It works on squares of {model.patch_size} x {model.patch_size} latents as channels, ordered by "
-            "row, column, channel: `folded` and `unfolded` in `pipeline.py`."
+            f" It works on squares of {model.patch_size} x {model.patch_size} latents as channels, ordered "
+            "by row, column, channel: `folded` and `unfolded` in `pipeline.py`."
         )
     if model.condition != "text":
         text += (
@@ -213,17 +213,21 @@ def _place(path: str) -> str:
 
 
 def _stages(config: RunConfig) -> str:
-    head = (
-        "| stage | images | batch | pixels | patches left out | learning rate |\n|---|---|---|---|---|---|\n"
-    )
-    return (
-        f"Recipe `{config.name}`, seed {config.seed}:\n\n"
-        + head
-        + "\n".join(
-            f"| {s.name} | {s.steps * s.batch:,} | {s.batch:,} | {s.resolution} | {s.mask_ratio:.0%} | {s.lr:g} |"
-            for s in config.stages
+    rows = [
+        "| stage | images | batch | pixels | patches left out | learning rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in config.stages:
+        cells = (
+            s.name,
+            f"{s.steps * s.batch:,}",
+            f"{s.batch:,}",
+            s.resolution,
+            f"{s.mask_ratio:.0%}",
+            f"{s.lr:g}",
         )
-    )
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([f"Recipe `{config.name}`, seed {config.seed}:\n", *rows])
 
 
 def _training_rows(source: Source) -> list[tuple[str, str]]:

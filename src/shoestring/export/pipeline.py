@@ -130,7 +130,7 @@ def plain_transformer(network: DiffusionTransformer) -> nn.Module:
     made: nn.Module = ShoestringTransformer(**values)
     tensors = {n: t for n, t in network.state_dict().items() if not n.endswith("mask_token")}
     if values["table_side"] and network.config.decoder.depth and network.decoder_pos_embed is None:
-        tensors["decoder_pos_embed"] = made.decoder_pos_embed  # type: ignore[assignment]
+        tensors["decoder_pos_embed"] = made.decoder_pos_embed
     made.load_state_dict(tensors)
     return made.eval().requires_grad_(False)
 
@@ -197,7 +197,7 @@ def ddim_scheduler(config: RunConfig) -> Any:
         prediction_type={"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[process.prediction],
         rescale_betas_zero_snr=process.zero_terminal_snr,
         timestep_spacing=spacing if spacing in ("trailing", "leading", "linspace") else "trailing",
-        steps_offset=1 if spacing == "leading" else 0,
+        steps_offset=1,
         set_alpha_to_one=True,
         clip_sample=False,
     )

@@ -44,8 +44,8 @@ def whole_folder(target: Path, about: dict[str, Any]) -> Iterator[Path]:
     target = target.absolute()
     if target.exists() and read_mark(target) is None and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
-            f"{target} exists and is no export of shoestring, so it is not replaced; choose another --out, or "
-            "move it away"
+            f"{target} exists and is no export of shoestring, so it is not replaced; choose another --out, "
+            "or move it away"
         )
     temporary, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
     try:

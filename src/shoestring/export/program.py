@@ -49,12 +49,13 @@ class Program(nn.Module):
         self.fold = config.model.patch_size if isinstance(config.model, UNetConfig) else 1
         self.mask_captions = config.model.mask_captions
         self.class_table: nn.Module | None = None
+        self.is_transformer = isinstance(network, DiffusionTransformer)
         if isinstance(network, DiffusionTransformer):
-            self.network = plain_transformer(network)
+            self.network: Any = plain_transformer(network)
         else:
-            from shoestring.export.remote.shoestring_class_table import ShoestringClassTable
-
             from diffusers.models.attention_processor import AttnProcessor2_0
+
+            from shoestring.export.remote.shoestring_class_table import ShoestringClassTable
 
             assert isinstance(network, UNet)
             self.network = network.unet
@@ -90,7 +91,7 @@ class Program(nn.Module):
 
         _, _, scale, time = self.scheduler.coefficients(alpha, sigma)
         scaled = scale[:, None, None, None] * xt
-        if isinstance(self.network, nn.Module) and hasattr(self.network, "t_embedder"):
+        if self.is_transformer:
             output = self.network(scaled, time, text, text_mask, label)[0]
         else:
             if self.class_table is not None:
@@ -300,10 +301,10 @@ def export_onnx(source: Source, target: Path) -> str:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
-    except ImportError as error:
+    except ImportError as missing:
         raise UserError(
-            f"--to onnx needs the package {error.name}; run: pip install 'shoestring[export]'"
-        ) from error
+            f"--to onnx needs the package {missing.name}; run: pip install 'shoestring[export]'"
+        ) from missing
     program = exported_program(source)
     with _quiet():
         onnx_program = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)

@@ -67,7 +67,7 @@ def collect(source: Path) -> Upload:
 def check_name(repository: str) -> None:
     """Refuse what is no name of a repository on the hub."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(repository)

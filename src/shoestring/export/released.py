@@ -40,7 +40,7 @@ def export_released(source: Source, target: Path) -> str:
     """
     if not isinstance(source.network, DiffusionTransformer):
         raise UserError(
-            "model.kind is unet; there are released layouts of microdit and maskdit only, so use --to diffusers"
+            "model.kind is unet; only microdit and maskdit have released layouts, so use --to diffusers"
         )
     side = patches_a_side(source.config, source.facts.resolution)
     family = {"microdit": "MicroDiT", "maskdit": "MaskDiT"}[source.network.config.kind]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Condition = tuple[Tensor | None, Tensor | None, Tensor | None]
+Condition = tuple[Any, Any, Any]
 """Caption tokens B S D, their mask B S (true at real ones), and classes B (-1 = none)."""
 
 
@@ -225,10 +225,8 @@ class ShoestringPipeline(DiffusionPipeline):
             return self._estimate(xt, level, strong)
         if scale == 0:
             return self._estimate(xt, level, weak)
-        both = tuple(
-            None if s is None or w is None else torch.cat([s, w]) for s, w in zip(strong, weak, strict=True)
-        )
-        s, w = self._estimate(torch.cat([xt, xt]), level, both).chunk(2)  # type: ignore[arg-type]
+        both = mapped(lambda s, w: torch.cat([s, w]), strong, weak)
+        s, w = self._estimate(torch.cat([xt, xt]), level, both).chunk(2)
         return w + scale * (s - w)
 
     @torch.no_grad()
@@ -291,10 +289,10 @@ class ShoestringPipeline(DiffusionPipeline):
         if against is not None and len(against) != len(prompts):
             raise ValueError(f"{len(against)} negative prompts are given for {len(prompts)} pictures")
         both = self.encode_prompt([*prompts, *(against or [])])
-        strong: Condition = tuple(None if each is None else each[: len(prompts)] for each in both)  # type: ignore[assignment]
+        strong = mapped(lambda each: each[: len(prompts)], both)
         weak: Condition | None = self._nothing(strong)
         if against is not None:
-            weak = tuple(None if each is None else each[len(prompts) :] for each in both)  # type: ignore[assignment]
+            weak = mapped(lambda each: each[len(prompts) :], both)
         elif strong[2] is not None and bool((strong[2] < 0).all()):
             weak = None
         self.scheduler.set_timesteps(num_inference_steps, device, sampler)
@@ -325,9 +323,17 @@ class ShoestringPipeline(DiffusionPipeline):
             values = self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
         if output_type == "pt":
             return ((values.float() + 1) / 2).clamp(0, 1)
-        pixels = ((values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        bytes_BCHW = ((values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        pixels = bytes_BCHW.permute(0, 2, 3, 1).cpu().numpy()
         return pixels / 255 if output_type == "np" else [Image.fromarray(picture) for picture in pixels]
+
+
+def mapped(function: Callable[..., Tensor], *conditions: Condition) -> Condition:
+    """A function of each part of some conditions that is there."""
+    text, mask, label = (
+        None if parts[0] is None else function(*parts) for parts in zip(*conditions, strict=True)
+    )
+    return text, mask, label
 
 
 def folded(x: Tensor, side: int) -> Tensor:

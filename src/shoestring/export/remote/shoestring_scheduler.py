@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -159,9 +160,11 @@ class ShoestringScheduler(SchedulerMixin, ConfigMixin):
         )
         self.timesteps = self.coefficients(alphas, sigmas)[3].float().to(device)
         self.init_noise_sigma = self.grid[0][1]
-        self._index, self._begun, self._before = 0, None, []
+        self._index = 0
+        self._begun: Any = None
+        self._before: list[Before] = []
         self._found: list[Tensor] = []
-        self._corrected_from = None
+        self._corrected_from: Any = None
 
     def _grid(self, steps: int) -> list[Level]:
         config = self.config
@@ -322,11 +325,12 @@ class ShoestringScheduler(SchedulerMixin, ConfigMixin):
     def _unipc(self, x0: Tensor, x: Tensor, level: Level, following: Level) -> Tensor:
         """2M predicts, the next estimate corrects (arXiv 2302.04867)."""
         if self._corrected_from is not None:
-            x = _corrected(*self._corrected_from, level, x0)
+            start, x_before, x0_before, before = self._corrected_from
+            x = _corrected(start, x_before, x0_before, before, level, x0)
         kept = kept_share(level, following)
         h = step_length(kept)
-        before = self._before[0] if self._before else None
-        usable = before if before is not None and math.isfinite(h + before[0]) else None
+        last = self._before[0] if self._before else None
+        usable = last if last is not None and math.isfinite(h + last[0]) else None
         gained = following[0] * (1 - kept)
         ahead = following[1] / level[1] * x + gained * x0
         if usable is not None:

@@ -30,6 +30,8 @@ def activation_of(kind: str) -> nn.Module:
 class LayerNorm(nn.Module):
     """Layer norm with a gain, or without one, and no bias."""
 
+    weight: Tensor | None
+
     def __init__(self, dim: int, eps: float, gain: bool = True) -> None:
         super().__init__()
         self.register_parameter("weight", nn.Parameter(torch.ones(dim)) if gain else None)
@@ -215,14 +217,16 @@ class TimeEmbedding(nn.Module):
     def __init__(self, kind: str, dim: int) -> None:
         super().__init__()
         self.features = 256 if kind == "maskdit" else 512
-        self.mlp = nn.Sequential(nn.Linear(self.features, dim), activation_of(kind), nn.Linear(dim, dim))
+        first = nn.Linear(self.features, dim)
+        self.mlp = nn.Sequential(first, activation_of(kind), nn.Linear(dim, dim))
 
     def forward(self, time_B: Tensor) -> Tensor:
         """Embed."""
         half = self.features // 2
         j = torch.arange(half, dtype=torch.float32, device=time_B.device)
         angles = time_B.float()[:, None] * torch.exp(-math.log(10_000) * j / half)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
 class CaptionMLP(nn.Module):
@@ -350,7 +354,7 @@ class ShoestringTransformer(ModelMixin, ConfigMixin):
         scale = self.config.position_scale
         return sincos_positions(like.shape[-1], rows, columns, scale, like.device).to(like)
 
-    def _caption(self, y_BSD: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _caption(self, y_BSD: Any, mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
         """Caption tokens, and their mean as a part of the modulation."""
         y_BSD = self.y_emb_preprocess(self.y_embedder["y_proj"](y_BSD), mask_BS)
         if mask_BS is None:
@@ -377,7 +381,7 @@ class ShoestringTransformer(ModelMixin, ConfigMixin):
         b, c, height, width = sample.shape
         rows, columns = height // p, width // p
         patches = sample.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        first = self.x_embedder["proj"]
+        first: Any = self.x_embedder["proj"]
         x_BLD = F.linear(patches, first.weight.flatten(1), first.bias)
         x_BLD = x_BLD + self._positions(rows, columns, x_BLD, "pos_embed")
         c_BD = self.t_embedder(timestep)
@@ -386,7 +390,9 @@ class ShoestringTransformer(ModelMixin, ConfigMixin):
             y_BSD, pooled_BD = self._caption(y_BSD, mask_BS)
             c_BD = c_BD + pooled_BD
         elif config.condition == "class":
-            rows_BD = self.y_embedder["embedding_table"].weight.t()[class_labels.clamp(min=0)]
+            assert class_labels is not None, "a class-conditional network needs classes, -1 for none"
+            table: Any = self.y_embedder["embedding_table"].weight
+            rows_BD = table.t()[class_labels.clamp(min=0)]
             c_BD = c_BD + torch.where(class_labels[:, None] >= 0, rows_BD, 0.0)
         x_BLD = self._layers(x_BLD, c_BD, y_BSD, mask_BS, rows, columns)
         out = self.final_layer(x_BLD, c_BD)
