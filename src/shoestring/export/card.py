@@ -153,7 +153,8 @@ def _use(source: Source, kind: str, plain: bool) -> str:
             return (
                 f"{text}\n\nAll parts are those of Stable Diffusion. The network was trained with zeros for "
                 "the empty caption: pass `negative_prompt_embeds=torch.zeros_like(prompt_embeds)` to guide "
-                "as it was trained. `latents=` are taken as they are; shoestring scales noise by the first sigma."
+                "as it was trained. `latents=` are taken as they are, while shoestring scales noise by the "
+                "first sigma."
             )
         text += (
             "\n\nThe folder brings its own code, which reads torch, diffusers, transformers and numpy only. "
