@@ -123,8 +123,10 @@ def test_an_imported_run_is_evaluated(shared, tmp_path):
     golden, run = Golden(shared, "maskdit", tmp_path), tmp_path / "run"
     command("import", golden.file, "--recipe", golden.recipe, "--out", run, "sampling.steps=2")
     protocol = tmp_path / "p.yaml"
-    protocol.write_text("name: tiny\nprompts: classes\ncount: 4\nmetrics: [diversity]\nseeds: [0, 1]\n")
-    words = ["eval", "run", run, "--protocol", protocol]
+    (tmp_path / "classes.txt").write_text("0\n1\n")
+    prompts = f"prompts: file\nprompts_file: {tmp_path}/classes.txt\n"
+    protocol.write_text(f"name: tiny\n{prompts}metrics: [diversity]\nseeds: [0, 1]\n")
+    words = ["eval", run, "--protocol", protocol]
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, done.output
     result = json.loads(next(run.glob("eval/tiny-*/result.json")).read_text())

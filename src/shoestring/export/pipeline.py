@@ -21,6 +21,7 @@ from shoestring.encoders.image import build_codec
 from shoestring.encoders.taef2 import Taef2Codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.encoders.towers import TextTower
+from shoestring.encoders.weights import quiet
 from shoestring.export.card import model_card
 from shoestring.export.place import whole_folder
 from shoestring.export.source import Source
@@ -314,8 +315,9 @@ def _write_encoders(writer: _Folder, codec: ImageCodec, text: TextEncoder | None
         if plain:  # the pipeline of Stable Diffusion pads by itself, and as far as the tokenizer says
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
             tokenizer.model_max_length = text.max_tokens
-        writer.theirs("text_encoder", text.network, "transformers")
-        writer.theirs("tokenizer", tokenizer, "transformers")
+        with quiet("transformers"):
+            writer.theirs("text_encoder", text.network, "transformers")
+            writer.theirs("tokenizer", tokenizer, "transformers")
 
 
 def _finish_own(writer: _Folder, source: Source, codec: ImageCodec, text: TextEncoder | None) -> None:
