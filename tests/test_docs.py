@@ -133,6 +133,17 @@ def test_the_commands_of_the_evaluation_page_work(root: Path, workplace: Path) -
 
 
 @pytest.mark.slow
+def test_the_commands_of_the_export_page_work_in_order(root: Path, workplace: Path) -> None:
+    commands = commands_of(root / "docs" / "export.md")
+    assert len(commands) >= 10
+    for command in commands:
+        run(workplace, small_version(command))
+    assert (workplace / "demo-diffusers" / "model_index.json").is_file()
+    sizes = [(workplace / f"{name}.safetensors").stat().st_size for name in ("demo", "demo-int8")]
+    assert sizes[1] <= 0.3 * sizes[0]
+
+
+@pytest.mark.slow
 def test_the_walk_of_the_data_page_works_in_order(root: Path, shared: Path, workplace: Path) -> None:
     cifar = workplace / "cifar"
     cifar.mkdir()

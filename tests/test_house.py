@@ -31,6 +31,10 @@ HEAVY = (
     "sklearn",
     "torchvision",
     "jaxtyping",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "huggingface_hub",
 )
 
 
@@ -60,6 +64,7 @@ def test_the_core_needs_no_optional_package() -> None:
         ".".join(path.relative_to(Path(shoestring.__file__).parents[1]).with_suffix("").parts)
         for path in sorted(Path(shoestring.__file__).parent.rglob("*.py"))
         if path.name not in ("__init__.py", "__main__.py")
+        and path.parent.name != "remote"  # copied into exported folders: it is read by diffusers
     ]
     assert len(names) > 5
     code = (

@@ -17,6 +17,7 @@ from shoestring.cli.adapting import adapt_app, upscale
 from shoestring.cli.averages import ema
 from shoestring.cli.data import app as data_app
 from shoestring.cli.evaluating import app as eval_app
+from shoestring.cli.exporting import export, import_, push
 from shoestring.cli.planning import advise, plan
 from shoestring.cli.profiling import profile
 from shoestring.cli.studying import study_app
@@ -56,6 +57,9 @@ app.command()(upscale)
 app.command()(watch)
 app.command()(compare)
 app.command()(profile)
+app.command()(export)
+app.command()(push)
+app.command("import")(import_)
 
 Recipe = Annotated[str, typer.Argument(help="name of a recipe (see: shoestring recipes list) or a YAML file")]
 Overrides = Annotated[

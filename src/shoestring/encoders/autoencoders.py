@@ -67,6 +67,16 @@ class LatentCodec(ABC):
         settings = {**self._settings, "dtype": str(self._dtype)}
         return self._source.identity(self.name, self._model.state_dict(), settings)
 
+    @property
+    def network(self) -> Any:
+        """The network itself, to be saved elsewhere."""
+        return self._model
+
+    @property
+    def shift_and_scale(self) -> tuple[list[float], list[float]]:
+        """Of model latents, (latents - shift) * scale: one value, or one a channel."""
+        return self._shift_C11.flatten().tolist(), self._scale_C11.flatten().tolist()
+
     @torch.no_grad()
     def encode(self, pixels: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B M h w"]:
         """Moments, unscaled.

@@ -79,6 +79,16 @@ class TextTower(ABC):
         }
         return self._source.identity(self.name, self._model.state_dict(), settings)
 
+    @property
+    def network(self) -> Any:
+        """The network itself, to be saved elsewhere."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self._tokenizer
+
     def __call__(self, texts: Sequence[str]) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
         """Encode; longer texts are cut, keeping the end token.
 

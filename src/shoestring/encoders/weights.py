@@ -118,7 +118,7 @@ def load(source: Source, library: str, loader: Callable[[bool], Loaded]) -> Load
         UserError: if the weights are not there or do not serve.
     """
     try:
-        with _quiet(library):
+        with quiet(library):
             return _attempt(source, loader, only_local=True)
     except UserError as error:
         if source.is_folder:
@@ -223,7 +223,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet(library: str) -> Iterator[None]:
+def quiet(library: str) -> Iterator[None]:
     """Keep a library's progress bars, warnings and loading reports out of our output."""
     logging: Any = importlib.import_module(f"{library}.utils.logging")
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

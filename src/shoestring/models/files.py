@@ -16,6 +16,7 @@ from shoestring.config import ModelConfig, RunConfig, TokensConfig, UNetConfig, 
 from shoestring.models.maskdit import MaskDiT
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.network import BaseNetwork
+from shoestring.models.quantise import SCALE, restored
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.runtime import UserError
 
@@ -75,6 +76,11 @@ def build_network(config: RunConfig, generator: torch.Generator | None = None) -
     return network
 
 
+def header_of(config: RunConfig, facts: ModelFacts) -> dict[str, str]:
+    """What stands in the header of a model file, by key."""
+    return {"format": FORMAT, "config": config.model_dump_json(), "facts": json.dumps(asdict(facts))}
+
+
 def save_model(path: Path, tensors: dict[str, Tensor], config: RunConfig, facts: ModelFacts) -> None:
     """Write weights with configuration and facts in the header.
 
@@ -87,7 +93,7 @@ def save_model(path: Path, tensors: dict[str, Tensor], config: RunConfig, facts:
     Raises:
         UserError: if the file cannot be written.
     """
-    header = {"format": FORMAT, "config": config.model_dump_json(), "facts": json.dumps(asdict(facts))}
+    header = header_of(config, facts)
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=header)
     except (OSError, SafetensorError) as error:
@@ -101,6 +107,8 @@ class Header:
     config: RunConfig
     facts: ModelFacts
     tensors: dict[str, Tensor]
+    card: str | None = None
+    """The model card inside, of files that were exported."""
 
 
 def read_header(path: Path, names: Sequence[str] | None = ()) -> Header:
@@ -120,8 +128,8 @@ def read_header(path: Path, names: Sequence[str] | None = ()) -> Header:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             there = file.keys()
-            wanted = there if names is None else [name for name in names if name in there]
-            tensors = {name: file.get_tensor(name) for name in wanted}
+            wanted = [name for name in there if names is None or name.removesuffix(SCALE) in names]
+            tensors = restored({name: file.get_tensor(name) for name in wanted})
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (OSError, SafetensorError) as error:
@@ -135,7 +143,7 @@ def read_header(path: Path, names: Sequence[str] | None = ()) -> Header:
         )
     stored = json.loads(header["facts"])
     facts = ModelFacts(**stored | {"classes": tuple(stored.get("classes", ()))})  # JSON knows lists only
-    return Header(from_json(header["config"]), facts, tensors)
+    return Header(from_json(header["config"]), facts, tensors, header.get("card"))
 
 
 def is_own(path: Path) -> bool:
