@@ -26,9 +26,9 @@ from shoestring.config import RunConfig
 from shoestring.diffusion.process import build_process
 from shoestring.export.file import stored
 from shoestring.interfaces import Conditioning
-from shoestring.models.files import ModelFacts, build_network, load_model, save_model
+from shoestring.models.files import ModelFacts, build_network, find_model, load_model, save_model
 from shoestring.runtime import PRECISIONS, stream
-from shoestring.sampling.generate import find_model, initial_noise, sample_latents
+from shoestring.sampling.generate import initial_noise, sample_latents
 
 ROUNDS, STEPS = 5, 8
 

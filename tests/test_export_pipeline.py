@@ -73,6 +73,7 @@ def close(ours, made, tolerance=TOLERANCE) -> None:
         variant(MASKDIT | {"decoder": {"depth": 0}, "ffn_multipliers": [4.0]}, tokens={"method": "dense"}),
         variant(process={"kind": "ddpm", "prediction": "v", "zero_terminal_snr": True, "schedule": "cosine"}),
         variant(sampling={"guidance_interval": (0.1, 5.0), "spacing": "table", "steps": 6}),
+        variant({"guidance_input": True}, sampling={"guidance": 3.0}),
     ],
     ids=[
         "experts",
@@ -83,6 +84,7 @@ def close(ours, made, tolerance=TOLERANCE) -> None:
         "dit-text",
         "ddpm-v",
         "interval",
+        "distilled",
     ],
 )
 def test_transformers_draw_the_same_with_diffusers_alone(config, tmp_path):
@@ -110,7 +112,7 @@ def test_every_sampler_without_fresh_noise_is_the_same(tmp_path):
     assert (results["heun", 7] - results["euler", 7]).abs().max() > 0.01  # they are not all the same
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "euler-ancestral", "dpmpp-2m-sde"])
+@pytest.mark.parametrize("sampler", ["ddpm", "euler-ancestral", "dpmpp-2m-sde", "consistency"])
 def test_samplers_with_fresh_noise_draw_it_from_the_generator(sampler, tmp_path):
     source = trained(tmp_path / "run", variant())
     export_diffusers(source, tmp_path / "out")
@@ -150,8 +152,9 @@ def test_bf16_is_drawn_as_it_was_trained(tmp_path):
         variant(UNET | {"mask_captions": True}),
         variant(UNET | CLASSES | {"patch_size": 1}, process={"kind": "ddpm"}),
         variant(UNET | {"condition": "none"}, process={"kind": "flow"}),
+        variant(UNET | {"guidance_input": True}, sampling={"guidance": 3.0}),
     ],
-    ids=["text", "class-ddpm", "none-flow"],
+    ids=["text", "class-ddpm", "none-flow", "distilled"],
 )
 def test_unets_are_plain_and_draw_the_same(config, tmp_path):
     from diffusers import UNet2DConditionModel

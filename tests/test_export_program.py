@@ -19,10 +19,10 @@ from shoestring.runtime import UserError
             EXPERTS | {"depth": 2, "mixer": {"depth": 2, "dim": 16}, "head_dim": 8}, process={"kind": "flow"}
         ),
         variant(MASKDIT | CLASSES | {"depth": 1}, tokens={"method": "maskdit"}),
-        variant({"depth": 1}, process={"kind": "ddpm", "prediction": "v"}),
+        variant({"depth": 1, "guidance_input": True}, process={"kind": "ddpm", "prediction": "v"}),
         variant(UNET | {"condition": "none"}),
     ],
-    ids=["experts-flow", "maskdit-class", "text-ddpm", "unet"],
+    ids=["experts-flow", "maskdit-class", "text-ddpm-distilled", "unet"],
 )
 def test_onnx_does_what_the_network_does_at_other_sizes(config, tmp_path):
     """At sizes other than those of tracing and of the exporter's own three."""

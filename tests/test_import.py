@@ -15,10 +15,10 @@ from shoestring.cli.main import app
 from shoestring.config import DecoderConfig, RunConfig, SamplingConfig, SuperResConfig, load_yaml, to_yaml
 from shoestring.diffusion.process import build_process
 from shoestring.interfaces import Conditioning
-from shoestring.models.files import build_network, load_model
+from shoestring.models.files import build_network, find_model, load_model
 from shoestring.models.released_config import config_from_released, maskdit_config
 from shoestring.runtime import stream
-from shoestring.sampling.generate import find_model, load_pipeline, sample_latents
+from shoestring.sampling.generate import load_pipeline, sample_latents
 from shoestring.training.folder import checkpoint_folders
 from shoestring.training.starting import initial_weights, scale_of_latents
 from test_export_pipeline import tiny_autoencoder

@@ -109,6 +109,7 @@ def transformer_config(network: DiffusionTransformer) -> dict[str, Any]:
         "mask_captions": model.mask_captions,
         "position_scale": network.position_scale,
         "table_side": 0 if table is None else round(table.shape[1] ** 0.5),
+        "guidance_input": model.guidance_input,
         "fusion": [routing.first, routing.last] if hasattr(routing, "fusion") else None,
     }
 

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ class Program(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         label: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Estimate x0.
 
@@ -83,16 +84,17 @@ class Program(nn.Module):
             text: caption tokens ``B S D``.
             text_mask: ``B S``, true at real tokens; read by models that mask captions.
             label: classes, -1 for none.
+            guidance: its scale, of models that take it as an input.
 
         Returns:
             Clean latents.
         """
-        from shoestring.export.remote.pipeline import folded, unfolded
+        from shoestring.export.remote.pipeline import folded, guidance_features, unfolded
 
         _, _, scale, time = self.scheduler.coefficients(alpha, sigma)
         scaled = scale[:, None, None, None] * xt
         if self.is_transformer:
-            output = self.network(scaled, time, text, text_mask, label)[0]
+            output = self.network(scaled, time, text, text_mask, label, guidance)[0]
         else:
             if self.class_table is not None:
                 assert label is not None or self.condition == "none"
@@ -100,7 +102,12 @@ class Program(nn.Module):
                 text = self.class_table(rows)
             seen = text_mask if self.mask_captions else None
             output = self.network(
-                folded(scaled, self.fold), time, text, encoder_attention_mask=seen, return_dict=False
+                folded(scaled, self.fold),
+                time,
+                text,
+                timestep_cond=None if guidance is None else guidance_features(guidance),
+                encoder_attention_mask=seen,
+                return_dict=False,
             )
             output = unfolded(output[0], self.fold)
         return self.scheduler.denoised(output, xt, alpha, sigma)
@@ -179,6 +186,9 @@ def inputs_of(source: Source, batch: int, rows: int, columns: int) -> Inputs:
         values["label"] = torch.arange(batch) % model.classes
         values["label"][0] = -1
         free["label"] = {0: b}
+    if model.guidance_input:
+        values["guidance"] = 1 + torch.arange(batch, dtype=torch.float32)
+        free["guidance"] = {0: b}
     return Inputs(values, free)
 
 
@@ -191,6 +201,7 @@ def expected(source: Source, inputs: Inputs) -> Tensor:
         conditioning = Conditioning(values["text"], values.get("text_mask"))
     elif "label" in values:
         conditioning = Conditioning(class_B=values["label"])
+    conditioning = replace(conditioning, guidance_B=values.get("guidance"))
     level = NoiseLevel(values["alpha"], values["sigma"])
     with torch.no_grad():
         return process.denoiser(source.network)(values["xt"], level, conditioning).image()

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoestring.config import RunConfig, apply_overrides
-from shoestring.models.files import ModelFacts, load_model
+from shoestring.models.files import ModelFacts, find_model, load_model
 from shoestring.models.network import BaseNetwork
 from shoestring.runtime import UserError
-from shoestring.sampling.generate import find_model
 
 
 @dataclass(frozen=True)

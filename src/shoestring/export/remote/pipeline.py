@@ -7,6 +7,7 @@ it draws what ``shoestring sample`` draws.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -23,6 +24,7 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Condition = tuple[Any, Any, Any]
 """Caption tokens B S D, their mask B S (true at real ones), and classes B (-1 = none)."""
+GUIDANCE_FEATURES = 64
 
 
 class ShoestringPipeline(DiffusionPipeline):
@@ -186,18 +188,28 @@ class ShoestringPipeline(DiffusionPipeline):
 
     # -- the network -----------------------------------------------------------------------------------
 
-    def _estimate(self, xt: Tensor, level: tuple[float, float], condition: Condition) -> Tensor:
-        """Of the clean latents, by one network call."""
+    @property
+    def _takes_scale(self) -> bool:
+        """Whether the network was distilled with the scale of guidance as an input."""
+        if self.transformer is not None:
+            return bool(self.transformer.config.guidance_input)
+        return self.unet.config.time_cond_proj_dim is not None
+
+    def _estimate(
+        self, xt: Tensor, level: tuple[float, float], condition: Condition, scale: float = 1.0
+    ) -> Tensor:
+        """Of the clean latents, by one network call; ``scale`` is for networks that take it."""
         network = self.transformer if self.transformer is not None else self.unet
         alpha, sigma = (torch.full((len(xt),), value, dtype=xt.dtype, device=xt.device) for value in level)
         _, _, scale_in, time = self.scheduler.coefficients(alpha, sigma)
         text_BSD, mask_BS, class_B = condition
+        guidance = torch.full_like(sigma, scale) if self._takes_scale else None
         low = self.config.precision == "bf16" and network.dtype == torch.float32
         with torch.autocast(xt.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
             scaled = (scale_in[:, None, None, None] * xt).to(network.dtype)
             text_BSD = None if text_BSD is None else text_BSD.to(network.dtype)
             if self.transformer is not None:
-                output = network(scaled, time, text_BSD, mask_BS, class_B)[0]
+                output = network(scaled, time, text_BSD, mask_BS, class_B, guidance)[0]
             else:
                 if self.class_table is not None:
                     only = self.config.condition == "none"
@@ -205,7 +217,12 @@ class ShoestringPipeline(DiffusionPipeline):
                 seen = mask_BS if self.config.mask_captions else None
                 fold = self.config.fold
                 output = network(
-                    folded(scaled, fold), time, text_BSD, encoder_attention_mask=seen, return_dict=False
+                    folded(scaled, fold),
+                    time,
+                    text_BSD,
+                    timestep_cond=None if guidance is None else guidance_features(guidance).to(scaled.dtype),
+                    encoder_attention_mask=seen,
+                    return_dict=False,
                 )
                 output = unfolded(output[0], fold)
         return self.scheduler.denoised(output, xt, alpha, sigma)
@@ -219,6 +236,8 @@ class ShoestringPipeline(DiffusionPipeline):
         scale: float,
     ) -> Tensor:
         """weak + scale (strong - weak), where guidance is wanted."""
+        if self._takes_scale:
+            return self._estimate(xt, level, strong, scale)
         interval = self.config.guidance_interval
         outside = interval is not None and not interval[0] <= level[1] / max(level[0], 1e-12) <= interval[1]
         if weak is None or scale == 1 or outside:
@@ -334,6 +353,14 @@ def mapped(function: Callable[..., Tensor], *conditions: Condition) -> Condition
         None if parts[0] is None else function(*parts) for parts in zip(*conditions, strict=True)
     )
     return text, mask, label
+
+
+def guidance_features(guidance_B: Tensor) -> Tensor:
+    """What distilled U-Nets see of the scale of guidance: cosines and sines of 10 times it."""
+    half = GUIDANCE_FEATURES // 2
+    j = torch.arange(half, dtype=torch.float32, device=guidance_B.device)
+    angles = 10.0 * guidance_B.float()[:, None] * torch.exp(-math.log(10_000) * j / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def folded(x: Tensor, side: int) -> Tensor:

@@ -22,7 +22,7 @@ SMALLEST_ALPHA = 1e-6
 ALIGN_YOUR_STEPS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 SAMPLERS = (
     *("heun", "euler", "ddim", "ddpm", "euler-ancestral", "dpmpp-2m", "dpmpp-3m", "dpmpp-2s", "dpmpp-3s"),
-    *("dpmpp-2m-sde", "unipc"),
+    *("dpmpp-2m-sde", "unipc", "consistency"),
 )
 
 
@@ -238,6 +238,10 @@ class ShoestringScheduler(SchedulerMixin, ConfigMixin):
             ahead = self._unipc(x0, sample, level, following)
         elif self.sampler == "dpmpp-2m-sde":
             ahead = self._sde(x0, sample, level, following, generator)
+        elif self.sampler == "consistency":
+            ahead = following[0] * x0
+            if following[1] > 0:
+                ahead = ahead + following[1] * _noise_like(x0, generator)
         elif self.sampler == "euler":
             eps = (sample - level[0] * x0) / level[1]
             ahead = sample + (following[0] - level[0]) * x0 + (following[1] - level[1]) * eps

@@ -18,6 +18,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+GUIDANCE_FEATURES = 64
 BlockSizes = Sequence[Any]
 """Width of self-attention, hidden width of the feed-forward, and whether it has experts."""
 
@@ -222,11 +223,20 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time_B: Tensor) -> Tensor:
         """Embed."""
-        half = self.features // 2
-        j = torch.arange(half, dtype=torch.float32, device=time_B.device)
-        angles = time_B.float()[:, None] * torch.exp(-math.log(10_000) * j / half)
-        dtype = next(self.mlp.parameters()).dtype
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        return self.mlp(sinusoidal(time_B, self.features).to(next(self.mlp.parameters()).dtype))
+
+
+def sinusoidal(value_B: Tensor, features: int) -> Tensor:
+    """Cosines, then sines, of a number times falling frequencies."""
+    half = features // 2
+    j = torch.arange(half, dtype=torch.float32, device=value_B.device)
+    angles = value_B.float()[:, None] * torch.exp(-math.log(10_000) * j / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def guidance_features(guidance_B: Tensor) -> Tensor:
+    """What distilled networks see of the scale of guidance."""
+    return sinusoidal(10.0 * guidance_B, GUIDANCE_FEATURES)
 
 
 class CaptionMLP(nn.Module):
@@ -310,11 +320,14 @@ class ShoestringTransformer(ModelMixin, ConfigMixin):
         position_scale: float = 1.0,
         table_side: int = 0,
         fusion: list[int] | None = None,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         config, cross = self.config, condition == "text"
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, dim, patch_size, patch_size)})
         self.t_embedder = TimeEmbedding(kind, dim)
+        if guidance_input:
+            self.guidance_embedder = nn.ModuleDict({"map": nn.Linear(GUIDANCE_FEATURES, dim, bias=False)})
         if condition == "text":
             self.y_embedder = nn.ModuleDict({"y_proj": CaptionMLP(caption_dim, dim, norm_eps)})
             self.y_emb_preprocess = CaptionBlock(config)
@@ -370,12 +383,14 @@ class ShoestringTransformer(ModelMixin, ConfigMixin):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         class_labels: Tensor | None = None,
+        guidance: Tensor | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """Raw output for ``B C H W`` latents of any sides that are multiples of the patch.
 
         ``timestep`` is the scheduler's noise coordinate, one a sample; ``encoder_hidden_states`` are caption
-        tokens ``B S D`` with a mask ``B S``, true at real ones; ``class_labels`` are -1 for no class.
+        tokens ``B S D`` with a mask ``B S``, true at real ones; ``class_labels`` are -1 for no class;
+        ``guidance`` is the scale that distilled networks take, one a sample.
         """
         p, config = self.config.patch_size, self.config
         b, c, height, width = sample.shape
@@ -385,6 +400,10 @@ class ShoestringTransformer(ModelMixin, ConfigMixin):
         x_BLD = F.linear(patches, first.weight.flatten(1), first.bias)
         x_BLD = x_BLD + self._positions(rows, columns, x_BLD, "pos_embed")
         c_BD = self.t_embedder(timestep)
+        if config.guidance_input:
+            assert guidance is not None, "a distilled network needs the scale of guidance"
+            features = guidance_features(guidance).to(c_BD.dtype)
+            c_BD = c_BD + self.guidance_embedder["map"](features)
         y_BSD, mask_BS = encoder_hidden_states, encoder_attention_mask if config.mask_captions else None
         if config.condition == "text":
             y_BSD, pooled_BD = self._caption(y_BSD, mask_BS)
