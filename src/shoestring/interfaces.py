@@ -320,6 +320,14 @@ class TextEncoder(Protocol):
         """Encode; every row is padded with zeros to ``max_tokens``, longer texts are cut."""
         ...
 
+    def pieces(self, word: str) -> list[str]:
+        """What the encoder reads a word as: one piece, itself, where it knows the word whole."""
+        ...
+
+    def rare_words(self, count: int) -> list[str]:
+        """Words that mean nothing much and are one piece each, the rarest first: names for a new subject."""
+        ...
+
 
 @runtime_checkable
 class FeatureExtractor(Protocol):

@@ -305,6 +305,40 @@ class SuperResConfig(Frozen):
     )
 
 
+class LoRAConfig(Frozen):
+    """Low-rank factors beside the linear maps of a network whose own weights stay as they are."""
+
+    rank: int = setting("rank of the factors, at most the width of each map", 8, ge=1)
+    alpha: Positive | None = setting("their product counts alpha / rank times; null = rank", None)
+    targets: tuple[str, ...] = setting(
+        "names of linear maps, with * and ?; by default those of every attention", ("*attn*",), min_length=1
+    )
+
+
+class DreamBoothConfig(Frozen):
+    """A run that learns a subject; see ``shoestring adapt dreambooth``."""
+
+    token: str = setting("the word that means the subject", min_length=1)
+    class_words: str = setting("what kind of thing it is, e.g. cat", min_length=1)
+    template: str = setting("caption of a picture; {} is the subject, or its class alone", "a {}")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.template.count("{}") != 1 or self.template.replace("{}", "").count("{"):
+            raise ValueError(f"template is {self.template!r}; it must hold {{}} once, as in 'a photo of a {{}}'")
+        return self
+
+    @property
+    def subject_prompt(self) -> str:
+        """The caption of the subject's pictures."""
+        return self.template.replace("{}", f"{self.token} {self.class_words}")
+
+    @property
+    def class_prompt(self) -> str:
+        """The caption of pictures of the class."""
+        return self.template.replace("{}", self.class_words)
+
+
 class RunConfig(Frozen):
     """A whole run."""
 
@@ -326,6 +360,8 @@ class RunConfig(Frozen):
         "lengths of power-function averages to keep, e.g. [0.05, 0.1], for shoestring ema", ()
     )
     superres: SuperResConfig | None = setting("super-resolution; null = pictures from noise", None)
+    lora: LoRAConfig | None = setting("train low-rank factors only; null = all weights", None)
+    dreambooth: DreamBoothConfig | None = setting("the subject that is learned; null = none", None)
     sampling: SamplingConfig = setting("sampling", SamplingConfig())
     logging: LoggingConfig = setting("logging", LoggingConfig())
     guard: GuardConfig = setting("guard rails", GuardConfig())
@@ -338,6 +374,7 @@ class RunConfig(Frozen):
         if self.model.kind == "unet":
             self._fits_unet()
         self._fits_superres()
+        self._fits_lora()
         names = [stage.name for stage in self.stages]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -363,6 +400,17 @@ class RunConfig(Frozen):
                     f"stages.{stage.name}.resolution is {stage.resolution}; with superres it must be a "
                     f"multiple of the factor ({self.superres.factor})"
                 )
+
+    def _fits_lora(self) -> None:
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError(
+                "lora is set, but optimizer.kind is muon, which is for whole matrices; set it to adamw"
+            )
+        if self.dreambooth is not None and self.model.condition != "text":
+            raise ValueError(
+                f"dreambooth is set, but model.condition is {self.model.condition}; a subject is called by a "
+                "word, so it must be text"
+            )
 
     def _fits_unet(self) -> None:
         for found, key, valid in (

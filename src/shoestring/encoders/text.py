@@ -52,11 +52,19 @@ class HashingText:
         mask_BS = np.zeros((len(texts), self.max_tokens), dtype=np.bool_)
         mask_BS[:, :1] = True
         for b, text in enumerate(texts):
-            words = re.findall(r"\w+|[^\w\s]", text.lower())[: self.max_tokens]
+            words = self.pieces(text)[: self.max_tokens]
             mask_BS[b, : len(words)] = True
             for s, word in enumerate(words):
                 rows_BSD[b, s] = _word_vector(word, self.width) + 0.5 * _vector(f"place {s}", self.width)
         return torch.from_numpy(rows_BSD), torch.from_numpy(mask_BS)
+
+    def pieces(self, word: str) -> list[str]:
+        """Words and punctuation marks in small letters; a word is never split."""
+        return re.findall(r"\w+|[^\w\s]", word.lower())
+
+    def rare_words(self, count: int) -> list[str]:
+        """Any word would do: letters of the alphabet without a vowel between them."""
+        return [f"{first}k{first}" for first in "szxqvwpgdbfhjmnt"[:count]]
 
 
 @lru_cache(maxsize=8192)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shoestring.config import ModelConfig, RunConfig, TokensConfig, UNetConfig, from_json
+from shoestring.models.lora import add_lora
 from shoestring.models.maskdit import MaskDiT
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.network import BaseNetwork
@@ -72,6 +73,8 @@ def build_network(config: RunConfig, generator: torch.Generator | None = None) -
     network = new_network(config.model, config.tokens)
     if generator is not None:
         network.initialize(generator)
+    if config.lora is not None:
+        add_lora(network, config.lora, generator)
     return network
 
 
