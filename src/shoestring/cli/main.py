@@ -19,6 +19,7 @@ from shoestring.cli.data import app as data_app
 from shoestring.cli.evaluating import app as eval_app
 from shoestring.cli.planning import advise, plan
 from shoestring.cli.profiling import profile
+from shoestring.cli.subjects import dreambooth, lora_file, merge
 from shoestring.cli.watching import compare, watch
 from shoestring.config import RunConfig, apply_overrides, to_yaml
 from shoestring.runtime import (
@@ -46,6 +47,9 @@ recipes_app = typer.Typer(help="List recipes; with show NAME, print one whole.",
 app.add_typer(recipes_app, name="recipes")
 study_app = typer.Typer(help="Compare methods side by side.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
+adapt_app.command()(dreambooth)
+adapt_app.command("lora-file")(lora_file)
+adapt_app.command()(merge)
 app.add_typer(adapt_app, name="adapt")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")

@@ -1,5 +1,6 @@
 """Settings of a run: the schema, and the way in and out of YAML, JSON and ``key=value``."""
 
+from shoestring.config.adapt import DreamBoothConfig, LoRAConfig
 from shoestring.config.data import CODEC_DOWNSAMPLING, DataConfig, StoreConfig
 from shoestring.config.files import apply_overrides, from_json, load_yaml, parse_yaml, to_yaml
 from shoestring.config.model import (
@@ -15,10 +16,8 @@ from shoestring.config.model import (
 from shoestring.config.schema import (
     LONGEST_AVERAGE,
     SHORTEST_AVERAGE,
-    DreamBoothConfig,
     GuardConfig,
     LoggingConfig,
-    LoRAConfig,
     NoiseConfig,
     OptimizerConfig,
     ParallelConfig,

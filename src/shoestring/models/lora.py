@@ -46,7 +46,7 @@ class LoRALinear(nn.Linear):
 
 
 def linear_maps(network: nn.Module) -> dict[str, nn.Linear]:
-    """The linear maps that factors may stand beside, by name: no routers, which choose, and no class tables."""
+    """The linear maps that factors may stand beside, by name; not routers, nor class tables."""
     others: set[int] = set()
     for module in network.modules():
         if isinstance(module, ExpertChoice):
@@ -77,8 +77,8 @@ def chosen_maps(network: nn.Module, lora: LoRAConfig) -> dict[str, nn.Linear]:
     for pattern in lora.targets:
         if not fnmatch.filter(maps, pattern):
             raise UserError(
-                f"lora.targets: no linear map of this model is called like {pattern!r}; there are for example "
-                f"{', '.join(_examples(list(maps)))}"
+                f"lora.targets: no linear map of this model is called like {pattern!r}; there are for "
+                f"example {', '.join(_examples(list(maps)))}"
             )
     chosen = {n: m for n, m in maps.items() if any(fnmatch.fnmatchcase(n, p) for p in lora.targets)}
     for name, module in chosen.items():

@@ -43,8 +43,8 @@ def initial_weights(config: RunConfig, network: BaseNetwork) -> None:
         _check_same_model(config.model, header.config.model, path)
         if header.config.lora is not None and config.lora is None:
             raise UserError(
-                f"initial_weights: {path} has LoRA factors beside its weights, and lora is null; put them into "
-                "the weights first, with shoestring adapt lora-file and shoestring adapt merge"
+                f"initial_weights: {path} has LoRA factors beside its weights, and lora is null; put them "
+                "into the weights first, with shoestring adapt lora-file and shoestring adapt merge"
             )
         own = {**_image_weights(network, header), **_factors(network)}
         load_weights(network, {**own, **header.tensors}, str(path))
