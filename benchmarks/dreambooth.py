@@ -1,4 +1,4 @@
-"""DreamBooth on the demo model: an invented subject in five poses, learned by LoRA and by all weights, 3 seeds.
+"""DreamBooth on the demo model: an invented subject in five poses, by LoRA and by all weights.
 
 Run: python benchmarks/dreambooth.py runs/demo --out runs/dreambooth
 """

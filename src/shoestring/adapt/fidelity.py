@@ -34,12 +34,12 @@ from shoestring.training.stage_data import real_pictures
 from shoestring.training.stores import open_stores
 
 SEEDS = 5
-PER_SEED = 8
+PER_SEED = 4
 """Pictures of a prompt and seed."""
-CAPTIONS = 60
+CAPTIONS = 48
 """Of the base's data, each drawn once a seed of ``ORDINARY_SEEDS``."""
 ORDINARY_SEEDS = 2
-AT_ONCE = 40
+AT_ONCE = 20
 SHOWN = 8
 """Columns of the grid."""
 LABEL = 150

@@ -121,8 +121,8 @@ def merge_lora(base: Path, lora: Path, out: Path, scale: float = 1.0) -> None:
     found = base_digest(header.tensors)
     if found != words["base"]:
         raise UserError(
-            f"{lora} was trained on a base whose weights have the digest {words['base']}, and those of {path} "
-            f"have {found}; give the base that it was trained on"
+            f"{lora} was trained on a base whose weights have the digest {words['base']}, and those of "
+            f"{path} have {found}; give the base that it was trained on"
         )
     config = from_json(words["config"], str(lora))
     assert config.lora is not None

@@ -103,7 +103,7 @@ def scale_of(lora: LoRAConfig) -> float:
 
 @torch.no_grad()
 def add_lora(network: nn.Module, lora: LoRAConfig, generator: torch.Generator | None) -> None:
-    """Put factors beside the linear maps of a network, and keep its own weights from being trained.
+    """Put factors beside the linear maps of a network.
 
     Args:
         network: changed in place; it computes what it did before, to the bit, as B is zero.
@@ -113,14 +113,26 @@ def add_lora(network: nn.Module, lora: LoRAConfig, generator: torch.Generator | 
     Raises:
         UserError: as :func:`chosen_maps`.
     """
-    chosen = chosen_maps(network, lora)
-    network.requires_grad_(False)
-    for name, linear in chosen.items():
+    for name, linear in chosen_maps(network, lora).items():
         wrapped = LoRALinear(linear, lora.rank, scale_of(lora))
         if generator is not None:
             nn.init.normal_(wrapped.lora_a, std=1 / math.sqrt(linear.in_features), generator=generator)
         parent, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, wrapped)
+
+
+def train_factors_only(network: nn.Module) -> None:
+    """Keep a network's own weights from being trained, if it has factors beside them.
+
+    Not done where pictures are drawn: torch multiplies in another order where a weight needs no gradient,
+    which would change the last bits.
+
+    Args:
+        network: changed in place.
+    """
+    if any(isinstance(module, LoRALinear) for module in network.modules()):
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(is_factor(name))
 
 
 def is_factor(name: str) -> bool:
