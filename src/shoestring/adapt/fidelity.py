@@ -21,12 +21,13 @@ from torch import Tensor
 from shoestring.adapt.dreambooth import SUBJECT, store_of
 from shoestring.config import DreamBoothConfig, RunConfig, StoreConfig
 from shoestring.data.records import CaptionedImages
+from shoestring.encoders.image import build_codec
 from shoestring.evaluation.drawing import draw, pictures_of, wishes
 from shoestring.evaluation.features import EfficientNetLite0Features
 from shoestring.evaluation.retrieval import near_copy_mask, retrieval
 from shoestring.interfaces import FeatureExtractor
 from shoestring.models.files import read_header
-from shoestring.runtime import UserError
+from shoestring.runtime import Item, UserError
 from shoestring.sampling.generate import Pipeline, find_model, picture_grid
 from shoestring.tensors import UInt8
 from shoestring.training.display import LiveLine
@@ -39,6 +40,8 @@ PER_SEED = 4
 CAPTIONS = 48
 """Of the base's data, each drawn once a seed of ``ORDINARY_SEEDS``."""
 ORDINARY_SEEDS = 2
+KNOWN = 1000
+"""Captions of the base's data among which a picture's own is looked for, with a picture each."""
 AT_ONCE = 20
 SHOWN = 8
 """Columns of the grid."""
@@ -57,18 +60,32 @@ class Drawn:
 
 
 def ordinary_pictures(base: Path) -> CaptionedImages | None:
-    """What the base was trained on, to ask for again; ``None`` where it cannot be read on this machine."""
+    """What the base was trained on, to ask for again.
+
+    Args:
+        base: run folder, checkpoint folder or model file.
+
+    Returns:
+        A picture each of its captions, of many an even choice; ``None`` where the data cannot be read on this
+        machine.
+    """
     header = read_header(find_model(base))
     config = header.config
     stage = next(
         (s for s in reversed(config.stages) if s.resolution == header.facts.resolution), config.stages[-1]
     )
-    from shoestring.encoders.image import build_codec
-
     try:
-        return real_pictures(config, stage, build_codec(config.data), base).train
+        pictures = real_pictures(config, stage, build_codec(config.data), base).train
     except UserError:  # a folder, a store or a package that is elsewhere
         return None
+    rows = list({caption: row for row, caption in reversed(list(enumerate(pictures.captions)))}.values())
+    return pictures.select(sorted(evenly(rows, KNOWN)))
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """At most so many of some items, evenly over all of them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def subject_pictures(config: RunConfig, folder: Path, pipeline: Pipeline) -> UInt8[Tensor, "N 3 H W"]:
@@ -156,15 +173,15 @@ def found_again(drawn: Drawn, known: CaptionedImages, extractor: FeatureExtracto
 
     Args:
         drawn: of captions that are among the known.
-        known: the base's training pictures.
+        known: the base's training pictures, no two of one caption.
         extractor: makes features of pictures.
 
     Returns:
         Top-1 and top-5 with their intervals, and chance.
     """
-    numbers = {caption: i for i, caption in enumerate(dict.fromkeys(known.captions))}
+    numbers = {caption: i for i, caption in enumerate(known.captions)}
     wanted = [numbers[prompt] for _ in drawn.seeds for prompt in drawn.prompts]
-    training, theirs = extractor(known.images), [numbers[caption] for caption in known.captions]
+    training, theirs = extractor(known.images), list(range(len(known)))
     results: dict[str, Any] = {}
     for when, pictures in (("before", drawn.before), ("after", drawn.after)):
         copies = int(near_copy_mask(pictures, known.images).sum())
@@ -212,8 +229,7 @@ def measure(
         "class": draw_both(place, "class", pipelines, [words.class_prompt] * PER_SEED, seeds, console),
     }
     known = ordinary_pictures(base)
-    captions = list(dict.fromkeys(known.captions if known is not None else ()))
-    chosen = [captions[i * len(captions) // CAPTIONS] for i in range(min(CAPTIONS, len(captions)))]
+    chosen = [] if known is None else evenly(known.captions, CAPTIONS)
     ordinary = (
         draw_both(place, "ordinary", pipelines, chosen, seeds[:ORDINARY_SEEDS], console) if chosen else None
     )
@@ -259,8 +275,9 @@ def before_and_after(
     rows: list[tuple[str, Tensor]] = [("the subject", subject[:SHOWN])]
     pairs = [(words.subject_prompt, own), (words.class_prompt, of_class)]
     for name, drawn in pairs + ([("other prompts", ordinary)] if ordinary is not None else []):
-        apart = len(drawn.before) // len(drawn.seeds)
-        picked = [i * apart // SHOWN for i in range(SHOWN)] if apart > SHOWN else list(range(apart))
+        # Of one prompt all seeds, of many the first.
+        there = len(drawn.before) if len(set(drawn.prompts)) == 1 else len(drawn.prompts)
+        picked = evenly(range(there), SHOWN)
         rows += [(f"{name}: before", drawn.before[picked]), ("after", drawn.after[picked])]
     side = subject.shape[-1]
     zoom = max(1, 96 // side)
