@@ -320,6 +320,10 @@ class TextEncoder(Protocol):
         """Encode; every row is padded with zeros to ``max_tokens``, longer texts are cut."""
         ...
 
+
+class WordEncoder(TextEncoder, Protocol):
+    """A text encoder that tells how it reads a word."""
+
     def pieces(self, word: str) -> list[str]:
         """What the encoder reads a word as: one piece, itself, where it knows the word whole."""
         ...

@@ -23,7 +23,7 @@ from shoestring.data.pixels import Unusable, decode
 from shoestring.data.readers import open_reader
 from shoestring.evaluation.digests import file_digest
 from shoestring.evaluation.drawing import draw, picture_file, wishes
-from shoestring.interfaces import TextEncoder
+from shoestring.interfaces import WordEncoder
 from shoestring.models.files import build_network, read_header
 from shoestring.runtime import UserError, atomic_write, write_text
 from shoestring.sampling.generate import Pipeline, find_model
@@ -47,9 +47,9 @@ class Training:
     """Pictures of the class, drawn by the model itself; 0 = none."""
     prior_weight: float = 1.0
     """How many samples of the class come to one of the subject."""
-    nimg: int = 6_400
+    nimg: int = 3_200
     batch: int = 16
-    lr: float = 2e-4
+    lr: float = 1.5e-4
     seed: int = 0
 
 
@@ -83,7 +83,7 @@ def subject_files(folder: Path) -> list[Path]:
     return files
 
 
-def choose_token(encoder: TextEncoder, token: str | None) -> str:
+def choose_token(encoder: WordEncoder, token: str | None) -> str:
     """The word for the subject.
 
     Args:

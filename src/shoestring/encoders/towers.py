@@ -104,7 +104,7 @@ class TextTower(ABC):
         return states_BSD, mask_BS
 
     def pieces(self, word: str) -> list[str]:
-        """The tokenizer's pieces, without the marks of beginnings and ends; see ``TextEncoder.pieces``."""
+        """The tokenizer's pieces, without the marks of beginnings and ends; see ``WordEncoder.pieces``."""
         return [_plain(piece) for piece in self._tokenizer.tokenize(word)]
 
     def rare_words(self, count: int) -> list[str]:

@@ -101,7 +101,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
     widths = model.widths() if isinstance(model, BaseNetwork) else Widths({}, {})
     if config.expert_lr_scale != 1 and "expert" not in trained:
         raise UserError(
-            f"optimizer.expert_lr_scale is {config.expert_lr_scale}, but no experts are trained; use 1"
+            f"optimizer.expert_lr_scale is {config.expert_lr_scale}, but the model has no experts to train; "
+            "use 1"
         )
     groups: dict[tuple[str, float], Group] = {}
     for name, parameter in model.named_parameters():
