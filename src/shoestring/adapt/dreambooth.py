@@ -47,7 +47,7 @@ class Training:
     """Pictures of the class, drawn by the model itself; 0 = none."""
     prior_weight: float = 1.0
     """How many samples of the class come to one of the subject."""
-    nimg: int = 3_200
+    nimg: int = 1_600
     batch: int = 16
     lr: float = 1.5e-4
     seed: int = 0

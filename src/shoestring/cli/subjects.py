@@ -37,10 +37,10 @@ def dreambooth(
         int, typer.Option(help="pictures of the class, drawn by the base; 0 = none", min=0)
     ] = 64,
     prior_weight: Annotated[float, typer.Option(help="samples of the class for one of the subject")] = 1.0,
-    nimg: Annotated[int, typer.Option(help="images to train on", min=1)] = 3_200,
+    nimg: Annotated[int, typer.Option(help="images to train on", min=1)] = 1_600,
     batch: Annotated[int, typer.Option(help="images of a step", min=1)] = 16,
     lr: Annotated[
-        float | None, typer.Option(help="learning rate [default: 3e-3 with LoRA, 1.5e-4 with --full]")
+        float | None, typer.Option(help="learning rate [default: 2e-3 with LoRA, 1.5e-4 with --full]")
     ] = None,
     seed: Annotated[int, typer.Option(help="of the run", min=0)] = 0,
     prompt: Annotated[
@@ -89,7 +89,7 @@ def dreambooth(
     word = choose_token(build_text_encoder(config.data), token)
     words = DreamBoothConfig(token=word, class_words=class_words.strip(), template=template)
     factors = None if full else LoRAConfig(rank=lora or 16, alpha=alpha, targets=tuple(target or ("*attn*",)))
-    training = Training(factors, prior, prior_weight, nimg, batch, lr or (1.5e-4 if full else 3e-3), seed)
+    training = Training(factors, prior, prior_weight, nimg, batch, lr or (1.5e-4 if full else 2e-3), seed)
     chosen = name or f"{config.name}-dreambooth"
     folder = out or Path("runs") / chosen
     config = apply_overrides(dreambooth_recipe(base, words, training, chosen, folder), overrides or [])
