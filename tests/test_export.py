@@ -87,6 +87,20 @@ def test_the_file_draws_what_the_run_draws(tmp_path):
 # -- int8 and bf16 -----------------------------------------------------------------------------------------
 
 
+def test_factors_are_exported_inside_the_weights(tmp_path):
+    config = variant(lora={"rank": 4, "targets": ["*attn*", "*mlp*"]})
+    make_checkpoint(tmp_path / "run", config)
+    source = open_source(tmp_path / "run", None, False)
+    assert source.config.lora is None
+    assert not any("lora" in name for name, _ in source.network.named_parameters())
+    export_file(source, tmp_path / "model.safetensors")
+    ours, made = drawn(tmp_path / "run"), drawn(tmp_path / "model.safetensors")
+    assert (ours.float() - made.float()).abs().max() <= 1  # of 255: rounding of merged products
+    plain = variant()
+    make_checkpoint(tmp_path / "rum", plain)  # a name as long: the same weights are drawn
+    assert not torch.equal(drawn(tmp_path / "rum"), made)
+
+
 def test_int8_is_at_most_three_tenths_and_close(tmp_path):
     source = trained(tmp_path / "run", PLAIN)
     sizes, pictures = {}, {}

@@ -9,6 +9,7 @@ from forks import run_ranks
 from shoestring.config import (
     DecoderConfig,
     ExpertsConfig,
+    LoRAConfig,
     MixerConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -20,6 +21,7 @@ from shoestring.config import (
 from shoestring.diffusion.process import EDMProcess
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import build_network
+from shoestring.models.lora import train_factors_only
 from shoestring.runtime import UserError, Workers, stream
 from shoestring.training.parallel import Parallel, check_batches, local, shard_dimension, whole
 from shoestring.training.schedule import position
@@ -32,7 +34,7 @@ COMMON = {"in_channels": 3, "dim": 32, "head_dim": 16, "ffn_multiple_of": 16}
 
 def recipe(kind: str, optimizer: str) -> RunConfig:
     """Experts and a patch mixer, or MaskDiT, whose mask token the second stage does not use."""
-    if kind in {"experts", "recomputed"}:
+    if kind in {"experts", "recomputed", "lora"}:
         model = TransformerConfig(
             **COMMON,
             caption_dim=8,
@@ -61,7 +63,12 @@ def recipe(kind: str, optimizer: str) -> RunConfig:
     half = StageConfig(name="masked", nimg=10 * BATCH, batch=BATCH, lr=1e-3, mask_ratio=0.5, ema_decay=0.9)
     stages = (half, half.model_copy(update={"name": "whole", "mask_ratio": 0.0}))
     return RunConfig(
-        name="r", model=model, tokens=tokens, stages=stages, optimizer=OptimizerConfig(kind=optimizer)
+        name="r",
+        model=model,
+        tokens=tokens,
+        stages=stages,
+        optimizer=OptimizerConfig(kind=optimizer),
+        lora=LoRAConfig(rank=4) if kind == "lora" else None,
     )
 
 
@@ -71,6 +78,7 @@ def randomised(config: RunConfig, dtype: torch.dtype) -> torch.nn.Module:
     with torch.no_grad():
         for i, parameter in enumerate(network.parameters()):
             parameter += 0.02 * torch.randn(parameter.shape, generator=stream(1, "noise", i))
+    train_factors_only(network)
     return network.to(dtype)
 
 
@@ -127,6 +135,8 @@ TWO = {
     "muon ddp": ("experts", "ddp", "float32", 4, "muon"),
     "muon fsdp": ("experts", "fsdp", "float32", 4, "muon"),
     "checkpointing fsdp": ("recomputed", "fsdp", "float32", 5),
+    "lora ddp": ("lora", "ddp", "float64", 5),
+    "lora fsdp": ("lora", "fsdp", "float64", 5),
 }
 
 
@@ -163,6 +173,14 @@ def test_two_ranks_in_pieces(two, sharding):
 
 def test_recomputed_activations_on_shared_out_weights(two):
     same(curve("experts", "auto", "float32", 5), of(two, "checkpointing fsdp"), 1e-4)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_factors_beside_weights_that_stay(two, sharding):
+    one, many = curve("lora", "auto", "float64", 5), of(two, f"lora {sharding}")
+    same(one, many, 1e-9)
+    for each in many:
+        assert each["weights"] == pytest.approx(one["weights"], rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])

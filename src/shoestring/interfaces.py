@@ -337,6 +337,18 @@ class TextEncoder(Protocol):
         ...
 
 
+class WordEncoder(TextEncoder, Protocol):
+    """A text encoder that tells how it reads a word."""
+
+    def pieces(self, word: str) -> list[str]:
+        """What the encoder reads a word as: one piece, itself, where it knows the word whole."""
+        ...
+
+    def rare_words(self, count: int) -> list[str]:
+        """Words that mean nothing much and are one piece each, the rarest first: names for a new subject."""
+        ...
+
+
 @runtime_checkable
 class FeatureExtractor(Protocol):
     """Pixels to features, for metrics and as a teacher."""

@@ -11,9 +11,7 @@ from rich.console import Console
 from shoestring.cli.options import choice
 from shoestring.runtime import ExitCode, UserError
 
-adapt_app = typer.Typer(
-    no_args_is_help=True, help="Go on from a trained model: super-resolution, distillation."
-)
+adapt_app = typer.Typer(no_args_is_help=True, help="What comes after pre-training.")
 
 
 @adapt_app.command("superres")

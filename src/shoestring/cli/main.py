@@ -21,6 +21,7 @@ from shoestring.cli.exporting import export, import_, push
 from shoestring.cli.planning import advise, plan
 from shoestring.cli.profiling import profile
 from shoestring.cli.studying import study_app
+from shoestring.cli.subjects import dreambooth, lora_file, merge
 from shoestring.cli.watching import compare, watch
 from shoestring.config import RunConfig, apply_overrides, to_yaml
 from shoestring.runtime import (
@@ -47,6 +48,9 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List recipes; with show NAME, print one whole.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(study_app, name="study")
+adapt_app.command()(dreambooth)
+adapt_app.command("lora-file")(lora_file)
+adapt_app.command()(merge)
 app.add_typer(adapt_app, name="adapt")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")

@@ -1,6 +1,6 @@
 """Settings of a run: the schema, and the way in and out of YAML, JSON and ``key=value``."""
 
-from shoestring.config.adapt import DistillConfig, SuperResConfig
+from shoestring.config.adapt import DistillConfig, DreamBoothConfig, LoRAConfig, SuperResConfig
 from shoestring.config.data import CODEC_DOWNSAMPLING, DataConfig, StoreConfig
 from shoestring.config.files import apply_overrides, from_json, load_yaml, parse_yaml, to_yaml
 from shoestring.config.model import (
@@ -13,14 +13,12 @@ from shoestring.config.model import (
     TransformerConfig,
     UNetConfig,
 )
+from shoestring.config.running import GuardConfig, LoggingConfig, ParallelConfig
 from shoestring.config.schema import (
     LONGEST_AVERAGE,
     SHORTEST_AVERAGE,
-    GuardConfig,
-    LoggingConfig,
     NoiseConfig,
     OptimizerConfig,
-    ParallelConfig,
     ProcessConfig,
     RunConfig,
     SamplingConfig,
@@ -34,8 +32,10 @@ __all__ = [
     "DataConfig",
     "DecoderConfig",
     "DistillConfig",
+    "DreamBoothConfig",
     "ExpertsConfig",
     "GuardConfig",
+    "LoRAConfig",
     "LoggingConfig",
     "MixerConfig",
     "ModelConfig",

@@ -189,10 +189,11 @@ def unknown_key(schema: Node, path: Path, data: Any = None) -> str:
     if not keys:
         return _no_keys_here(parents, last, data)
     start = f"unknown key {dotted(path)!r}"
-    if (near := nearest(str(last), keys)) is not None:
-        return f"{start}; did you mean {dotted([*parents, near])!r}?"
     namesakes = [dotted(key) for key in keys_of(schema) if key[-1] == last]
-    if not namesakes:  # perhaps the whole name is a misspelt one that exists elsewhere
+    if not namesakes:
+        if (near := nearest(str(last), keys)) is not None:
+            return f"{start}; did you mean {dotted([*parents, near])!r}?"
+        # Perhaps the whole name is a misspelt one that exists elsewhere.
         known = [name for key in keys_of(schema) if not dotted(path).startswith(name := dotted(key))]
         namesakes = [near] if (near := nearest(dotted(path), known)) is not None else []
     if namesakes:

@@ -11,10 +11,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shoestring.config.adapt import DistillConfig, SuperResConfig
+from shoestring.config.adapt import DistillConfig, DreamBoothConfig, LoRAConfig, SuperResConfig
 from shoestring.config.base import Frozen, Positive, Share, setting
 from shoestring.config.data import DataConfig, StoreConfig
 from shoestring.config.model import AnyModel, TokensConfig, TransformerConfig
+from shoestring.config.running import GuardConfig, LoggingConfig, ParallelConfig
 
 MASK_STEPS = 16
 """A changing mask ratio moves in sixteenths, so that a compiled step is not built anew for every ratio."""
@@ -239,58 +240,6 @@ class SamplingConfig(Frozen):
                 )
 
 
-class LoggingConfig(Frozen):
-    """What is written while training, and how often. Intervals are in images seen."""
-
-    log_nimg: int = setting("a line in log.jsonl and TensorBoard", 2_048, gt=0)
-    validate_nimg: int = setting("validation loss on pinned noise, per noise level", 50_000, gt=0)
-    validation_images: int = setting("held-out pictures of the validation loss", 64, gt=0)
-    sample_nimg: int = setting("a sample grid", 50_000, gt=0)
-    kid_nimg: int | None = setting(
-        "the kernel distance of drawn pictures to held-out ones (KID); null = never", None, gt=0
-    )
-    kid_pictures: int = setting("pictures drawn for it", 256, ge=4)
-    checkpoint_nimg: int = setting("a checkpoint", 50_000, gt=0)
-    keep_checkpoints: int = setting("the last checkpoints kept", 2, ge=1)
-    milestone_nimg: int | None = setting(
-        "checkpoints at each so many images, and at each stage's end, are kept for good; null = none",
-        None,
-        gt=0,
-    )
-    prompts: tuple[str, ...] = setting("captions of the sample grids; empty = from the data", ())
-    tensorboard: bool = setting("write TensorBoard files when it is installed", True)
-    wandb: str | None = setting(
-        "project on Weights & Biases (a package of its own); null = none", None, min_length=1
-    )
-    trackio: str | None = setting(
-        "project in trackio (a package of its own); null = none", None, min_length=1
-    )
-    usd_per_hour: float = setting("price of the machine, for the cost so far", 0.0, ge=0)
-
-
-class ParallelConfig(Frozen):
-    """How the network is spread over several processes; it does not change what is computed."""
-
-    sharding: Literal["auto", "ddp", "fsdp", "hybrid"] = setting(
-        "auto = ddp (a copy on every rank); fsdp: shared out; hybrid: a copy per group of ranks", "auto"
-    )
-    shard_ranks: int | None = setting("hybrid: ranks that share one copy", None, ge=2)
-
-
-class GuardConfig(Frozen):
-    """What happens when training goes wrong. A step that is not finite never changes anything."""
-
-    max_skips: int = setting("so many steps of a window that are not finite roll the run back", 5, ge=1)
-    window: int = setting("steps over which losses are compared, the last quarter with the rest", 128, ge=16)
-    warmup: int = setting("first steps of a stage or mask ratio, whose losses are not compared", 128, ge=0)
-    spike: Positive = setting("a loss is a spike so many spreads above the usual (of logarithms)", 8.0)
-    good_after: int = setting("a checkpoint is good if so many good steps followed it", 64, ge=0)
-    max_rollbacks: int = setting("times a diverged run is rolled back before it stops", 3, ge=0)
-    lr_cut: float = setting("factor of the learning rate after each roll-back", 0.5, gt=0, le=1)
-    dead_step: int = setting("step at which parameters that never had a gradient are named", 20, ge=8)
-    stall_s: Positive = setting("seconds without a batch after which the source of the data is named", 60.0)
-
-
 class RunConfig(Frozen):
     """A whole run."""
 
@@ -313,6 +262,8 @@ class RunConfig(Frozen):
     )
     superres: SuperResConfig | None = setting("super-resolution; null = pictures from noise", None)
     distill: DistillConfig | None = setting("distillation; null = learn from data alone", None)
+    lora: LoRAConfig | None = setting("train low-rank factors only; null = all weights", None)
+    dreambooth: DreamBoothConfig | None = setting("the subject that is learned; null = none", None)
     sampling: SamplingConfig = setting("sampling", SamplingConfig())
     logging: LoggingConfig = setting("logging", LoggingConfig())
     guard: GuardConfig = setting("guard rails", GuardConfig())
@@ -326,6 +277,7 @@ class RunConfig(Frozen):
             self._fits_unet()
         self._fits_superres()
         self._fits_distill()
+        self._fits_lora()
         names = [stage.name for stage in self.stages]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -379,6 +331,23 @@ class RunConfig(Frozen):
                     f"stages.{missing}.ema_decay is null, but distill.target is ema; set a decay, or the "
                     "target to student"
                 )
+
+    def _fits_lora(self) -> None:
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError(
+                "lora is set, but optimizer.kind is muon, which is for whole matrices; set it to adamw"
+            )
+        trained = "superres" if self.superres is not None else "distill" if self.distill is not None else None
+        if self.lora is not None and trained is not None:
+            raise ValueError(
+                f"lora is set, but {trained} trains whole weights; put the factors into the base's weights "
+                "first, with shoestring adapt lora-file and shoestring adapt merge"
+            )
+        if self.dreambooth is not None and self.model.condition != "text":
+            raise ValueError(
+                f"dreambooth is set, but model.condition is {self.model.condition}; a subject is called by a "
+                "word, so it must be text"
+            )
 
     def _fits_unet(self) -> None:
         for found, key, valid in (

@@ -15,7 +15,7 @@ from torch import Tensor
 from shoestring.config import DataConfig
 from shoestring.encoders.towers import ClipText, MiniLMText, T5Text
 from shoestring.encoders.weights import DTYPES, required
-from shoestring.interfaces import Identity, TextEncoder
+from shoestring.interfaces import Identity, WordEncoder
 from shoestring.tensors import Bool, Float
 
 __all__ = ["ENCODERS", "ClipText", "HashingText", "MiniLMText", "T5Text", "build_text_encoder"]
@@ -52,11 +52,19 @@ class HashingText:
         mask_BS = np.zeros((len(texts), self.max_tokens), dtype=np.bool_)
         mask_BS[:, :1] = True
         for b, text in enumerate(texts):
-            words = re.findall(r"\w+|[^\w\s]", text.lower())[: self.max_tokens]
+            words = self.pieces(text)[: self.max_tokens]
             mask_BS[b, : len(words)] = True
             for s, word in enumerate(words):
                 rows_BSD[b, s] = _word_vector(word, self.width) + 0.5 * _vector(f"place {s}", self.width)
         return torch.from_numpy(rows_BSD), torch.from_numpy(mask_BS)
+
+    def pieces(self, word: str) -> list[str]:
+        """Words and punctuation marks in small letters; a word is never split."""
+        return re.findall(r"\w+|[^\w\s]", word.lower())
+
+    def rare_words(self, count: int) -> list[str]:
+        """Any word would do: letters of the alphabet without a vowel between them."""
+        return [f"{first}k{first}" for first in "szxqvwpgdbfhjmnt"[:count]]
 
 
 @lru_cache(maxsize=8192)
@@ -74,15 +82,15 @@ def _word_vector(word: str, width: int) -> NDArray[np.float64]:
     return vector
 
 
-def _minilm(config: DataConfig, device: torch.device | None) -> TextEncoder:
+def _minilm(config: DataConfig, device: torch.device | None) -> WordEncoder:
     dtype = DTYPES[config.text_encoder_dtype]
     return MiniLMText(config.max_tokens, config.text_encoder_path, device, dtype)
 
 
 def _with_weights(
-    encoder: Callable[[str, int, torch.device | None, torch.dtype], TextEncoder],
+    encoder: Callable[[str, int, torch.device | None, torch.dtype], WordEncoder],
 ) -> Builder:
-    def build(config: DataConfig, device: torch.device | None) -> TextEncoder:
+    def build(config: DataConfig, device: torch.device | None) -> WordEncoder:
         reader = f"data.text_encoder={config.text_encoder}"
         place = required("data.text_encoder_path", config.text_encoder_path, reader)
         return encoder(place, config.max_tokens, device, DTYPES[config.text_encoder_dtype])
@@ -90,7 +98,7 @@ def _with_weights(
     return build
 
 
-Builder = Callable[[DataConfig, torch.device | None], TextEncoder]
+Builder = Callable[[DataConfig, torch.device | None], WordEncoder]
 ENCODERS: dict[str, Builder] = {
     "hashing": lambda config, device: HashingText(config.max_tokens),
     "minilm": _minilm,
@@ -99,7 +107,7 @@ ENCODERS: dict[str, Builder] = {
 }
 
 
-def build_text_encoder(config: DataConfig, device: torch.device | None = None) -> TextEncoder:
+def build_text_encoder(config: DataConfig, device: torch.device | None = None) -> WordEncoder:
     """The text encoder of a run.
 
     Args:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from shoestring.tensors import Bool, Float
 
 TOKENIZER_PROBE = "Two cats, one CAT: 1.5 m of na\u00efve \u732b!"
 """What tokenizers of equal vocabulary may cut differently; part of an encoder's identity."""
+
+RARE = re.compile("[b-df-hj-np-tv-xz]{3}")
 
 
 class TextTower(ABC):
@@ -109,6 +113,17 @@ class TextTower(ABC):
         check_finite(states_BSD, "data.text_encoder_dtype", self._dtype)
         return states_BSD, mask_BS
 
+    def pieces(self, word: str) -> list[str]:
+        """The tokenizer's pieces, without the marks of beginnings and ends; see ``WordEncoder.pieces``."""
+        return [_plain(piece) for piece in self._tokenizer.tokenize(word)]
+
+    def rare_words(self, count: int) -> list[str]:
+        """Words of three consonants; vocabularies are sorted by frequency, so the last are the rarest."""
+        by_number = sorted(self._tokenizer.get_vocab().items(), key=lambda item: -item[1])
+        words = dict.fromkeys(_plain(piece) for piece, _ in by_number)
+        rare = (word for word in words if RARE.fullmatch(word) and self.pieces(word) == [word])
+        return list(islice(rare, count))
+
     @abstractmethod
     def _states(self, rows: list[list[int]], mask_BS: Tensor) -> Tensor:
         """States of all ``max_tokens`` positions, from the ids of the tokens."""
@@ -158,6 +173,11 @@ class TextTower(ABC):
             return tokenizer, model
 
         return load(source, "transformers", loader)
+
+
+def _plain(piece: str) -> str:
+    """A piece as people write it: BERT marks what goes on, CLIP what ends, T5 what begins a word."""
+    return piece.removeprefix("##").removeprefix("\u2581").removesuffix("</w>")
 
 
 def _check_fit(source: Source, tokenizer: Any, rows: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shoestring.config import RunConfig, apply_overrides
 from shoestring.models.files import ModelFacts, find_model, load_model
+from shoestring.models.lora import merge_factors
 from shoestring.models.network import BaseNetwork
 from shoestring.runtime import UserError
 
@@ -51,5 +52,8 @@ def open_source(path: Path, weights: str | None, unfinished: bool, overrides: Se
             f"{file} has seen {facts.nimg:,} of its run's {config.nimg:,} images; let the run finish, or "
             "export it as it is with --unfinished"
         )
+    if config.lora is not None:
+        merge_factors(network)
+        config = config.model_copy(update={"lora": None})
     run = next((folder for folder in file.resolve().parents if (folder / "config.yaml").is_file()), None)
     return Source(file, run, apply_overrides(config, overrides), network.requires_grad_(False), facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shoestring.config import ModelConfig, RunConfig, TokensConfig, UNetConfig, from_json
+from shoestring.models.lora import add_lora
 from shoestring.models.maskdit import MaskDiT
 from shoestring.models.microdit import MicroDiT
 from shoestring.models.network import BaseNetwork
@@ -73,6 +75,8 @@ def build_network(config: RunConfig, generator: torch.Generator | None = None) -
     network = new_network(config.model, config.tokens)
     if generator is not None:
         network.initialize(generator)
+    if config.lora is not None:
+        add_lora(network, config.lora, generator)
     return network
 
 
@@ -98,6 +102,30 @@ def save_model(path: Path, tensors: dict[str, Tensor], config: RunConfig, facts:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=header)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
+
+
+def write_model(path: Path, tensors: dict[str, Tensor], config: RunConfig, facts: ModelFacts) -> None:
+    """A model file, whole or not at all.
+
+    Args:
+        path: file to write; its folder is made if needed.
+        tensors: weights by parameter name.
+        config: of the run.
+        facts: see :class:`ModelFacts`.
+
+    Raises:
+        UserError: if the file cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_model(temporary, tensors, config, facts)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
+    finally:
+        with suppress(OSError):  # where the folder could not be made
+            temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import nn
 
 from shoestring.config import CODEC_DOWNSAMPLING, RunConfig, StageConfig
 from shoestring.models.layers import AdaLN, TransformerBlock
+from shoestring.models.lora import lora_parameters
 from shoestring.models.moe import ExpertChoice
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.planning.activations import FP32, Bytes, DeviceType, Part, network_parts
@@ -215,6 +216,8 @@ class _Step:
     workers: int
     tracks: int
     parameters: int
+    trained: int
+    """Parameters that have a gradient: all of them, or those of LoRA."""
     muon: int
     """Parameters that Muon updates."""
     muon_piece: int
@@ -243,6 +246,10 @@ class _Step:
             from shoestring.planning.activations_unet import unet_parts  # with diffusers, slow to import
 
             parts = unet_parts(network, grid, captions, low)
+        parameters = trained = sum(p.numel() for p in network.parameters())
+        if config.lora is not None:
+            trained = lora_parameters(network, config.lora)
+            parameters += trained
         muon, largest = muon_elements(network) if config.optimizer.kind == "muon" else (0, 0)
         return _Step(
             parts,
@@ -254,7 +261,8 @@ class _Step:
             sharding == "ddp",
             workers,
             1 + len(config.power_ema) if averages is None else averages,
-            sum(p.numel() for p in network.parameters()),
+            parameters,
+            trained,
             muon,
             min(largest, MUON_PIECE * workers),
         )
@@ -262,10 +270,11 @@ class _Step:
     def forecast(self, micro_batch: int) -> MemoryForecast:
         """For so many images at once."""
         accumulating = micro_batch < self.share
-        mine = FP32 * math.ceil(self.parameters / self.shards)
-        moments = FP32 * math.ceil((2 * self.parameters - self.muon) / self.shards)
+        weights = FP32 * math.ceil(self.parameters / self.shards)
+        mine = FP32 * math.ceil(self.trained / self.shards)
+        moments = FP32 * math.ceil((2 * self.trained - self.muon) / self.shards)
         # FSDP adds the gradients of micro-batches up before they are shared out.
-        gradients = FP32 * self.parameters if accumulating else mine
+        gradients = FP32 * self.trained if accumulating else mine
         activations, peak = self._timeline(micro_batch, gradients if accumulating or self.standing else 0)
         update = mine + MUON_BYTES * self.muon_piece
         if self.workers > 1:  # every thread's gradients, the sum so far and the new one
@@ -273,13 +282,13 @@ class _Step:
         batch = self.share * self.image_bytes
         worst = max(peak, update)
         return MemoryForecast(
-            weights=mine,
+            weights=weights,
             gradients=gradients,
             moments=moments,
-            averages=self.tracks * mine,
+            averages=self.tracks * weights,
             activations=activations,
             workspace=batch + max(0, worst - activations - gradients),
-            total=(1 + self.tracks) * mine + moments + batch + worst,
+            total=(1 + self.tracks) * weights + moments + batch + worst,
         )
 
     def _kept(self, part: Part, images: int) -> float:
@@ -302,6 +311,7 @@ class _Step:
         held = sum(kept)
         activations, there = round(held), gradients + (self._gathered() if self.shards > 1 else 0.0)
         arriving = FP32 * self.workers / self.shards if not gradients or self.workers > 1 else 0.0
+        arriving *= self.trained / self.parameters  # of LoRA as if its factors were spread evenly
         peak = held + there
         for part, mine in zip(reversed(self.parts), reversed(kept), strict=True):
             again = images * part.kept + self._casts(part) - mine if self.recomputing and part.entry else 0.0

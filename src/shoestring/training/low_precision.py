@@ -41,7 +41,7 @@ class LowPrecisionWeights:
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         whole = kept_whole(network)
         self.leaves: list[nn.Parameter] = []
-        """What a pass inside :meth:`used` takes gradients of, in the order of ``network.parameters()``."""
+        """What a pass inside :meth:`used` takes gradients of: trained weights, in the network's order."""
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         self._masters: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -49,11 +49,12 @@ class LowPrecisionWeights:
             module_name, _, leaf = name.rpartition(".")
             copy = parameter
             if name not in whole:
-                copy = nn.Parameter(parameter.detach().to(dtype))
+                copy = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
                 self._places.append((network.get_submodule(module_name), leaf, parameter, copy))
                 self._masters.append(parameter.detach())
                 self._copies.append(copy.detach())
-            self.leaves.append(copy)
+            if copy.requires_grad:
+                self.leaves.append(copy)
 
     @contextmanager
     def used(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 
 from shoestring.config import OptimizerConfig
 from shoestring.models.layers import AdaLN, ClassEmbedding, CrossAttention, SelfAttention, TransformerBlock
+from shoestring.models.lora import is_factor
 from shoestring.models.moe import ExpertChoice
 from shoestring.models.network import BaseNetwork
 from shoestring.models.width import Widths
@@ -96,16 +97,19 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
     Source: Yang et al., arXiv 2203.03466, table 3 (AdamW); arXiv 2310.17813, spectral condition (Muon).
     """
     roles = parameter_roles(model)
+    trained = {roles[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
     widths = model.widths() if isinstance(model, BaseNetwork) else Widths({}, {})
-    if config.expert_lr_scale != 1 and "expert" not in roles.values():
+    if config.expert_lr_scale != 1 and "expert" not in trained:
         raise UserError(
-            f"optimizer.expert_lr_scale is {config.expert_lr_scale}, but the model has no experts; use 1"
+            f"optimizer.expert_lr_scale is {config.expert_lr_scale}, but the model has no experts to train; "
+            "use 1"
         )
     groups: dict[tuple[str, float], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        role, ratio = roles[name], widths.inputs_ratio(name) if parameter.ndim >= 2 else 1.0
+        has_width = parameter.ndim >= 2 and not is_factor(name)
+        role, ratio = roles[name], widths.inputs_ratio(name) if has_width else 1.0
         muon = config.kind == "muon" and role in {"block_matrix", "expert"}
         if muon:
             ratio = ratio**0.5 if config.muon_adjust == "match_rms_adamw" else 1.0

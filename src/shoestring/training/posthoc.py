@@ -10,7 +10,6 @@ Source: Karras et al., arXiv 2312.02696 (EDM2), section 3.2 and appendix C.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoestring.models.files import Header, ModelFacts, read_header, save_model
+from shoestring.models.files import Header, read_header, write_model
 from shoestring.runtime import UserError
 from shoestring.training.averages import power_gamma, track_name
 
@@ -248,20 +247,7 @@ def reconstruct(
         coefficients, residual = fit([(power_gamma(s.length), s.nimg) for s in stored], gamma, last.nimg)
         tensors = combine(stored, coefficients.tolist())
         path = out / f"ema-{length:g}-at-{last.nimg:09d}.safetensors"
-        _write(path, tensors, last.header, replace(last.header.facts, weights=track_name(length)))
+        facts = replace(last.header.facts, weights=track_name(length))
+        write_model(path, tensors, last.header.config, facts)
         made.append(Made(path, length, residual))
     return made
-
-
-def _write(path: Path, tensors: dict[str, Tensor], header: Header, facts: ModelFacts) -> None:
-    """A model file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_model(temporary, tensors, header.config, facts)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
-    finally:
-        with suppress(OSError):  # where the folder could not be made
-            temporary.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from shoestring.encoders.image import build_codec
 from shoestring.encoders.text import build_text_encoder
 from shoestring.interfaces import Conditioning
 from shoestring.models.files import build_network
+from shoestring.models.lora import train_factors_only
 from shoestring.models.network import BaseNetwork
 from shoestring.models.routing import method_class
 from shoestring.planning import measured_peak_flops, patch_grid
@@ -70,6 +71,7 @@ class _Steps:
     ) -> None:
         self.config, self.stage, self.device = config, stage, device
         self.network: BaseNetwork = build_network(config, stream(config.seed, "init")).to(device)
+        train_factors_only(self.network)
         self.network.position_scale = stage.position_scale
         self.process = build_process(config.process, sigma_data)
         self.denoiser = self.process.denoiser(self.network, PRECISIONS[config.precision])

@@ -14,6 +14,7 @@ from shoestring.config import RunConfig, StageConfig
 from shoestring.diffusion.process import build_process
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.models.files import build_network
+from shoestring.models.lora import train_factors_only
 from shoestring.models.network import BaseNetwork
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.planning import fitting_micro_batch, measured_peak_flops
@@ -80,6 +81,7 @@ class Setup:
             initial_weights(self.config, network)
         if self.config.distill is not None:
             self.parallel.from_first(lambda: check_teacher(self.config))
+        train_factors_only(network)
         return network
 
     def learner(self, network: BaseNetwork, sigma_data: float) -> Learner:

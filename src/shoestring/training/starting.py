@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shoestring.config import ModelConfig, RunConfig, TransformerConfig, UNetConfig
 from shoestring.models.files import Header, find_model, is_own, load_weights, read_header
+from shoestring.models.lora import is_factor
 from shoestring.models.network import BaseNetwork
 from shoestring.models.released import load_released, read_tensors
 from shoestring.models.transformer import DiffusionTransformer
@@ -39,14 +40,20 @@ def initial_weights(config: RunConfig, network: BaseNetwork) -> None:
     if is_own(path):
         header = read_header(path, None)
         _check_same_model(config.model, header.config.model, path)
-        load_weights(network, {**_new_inputs(network, header), **header.tensors}, str(path))
+        if header.config.lora is not None and config.lora is None:
+            raise UserError(
+                f"initial_weights: {path} has LoRA factors beside its weights, and lora is null; put them "
+                "into the weights first, with shoestring adapt lora-file and shoestring adapt merge"
+            )
+        own = {**_new_inputs(network, header), **_factors(network)}
+        load_weights(network, {**own, **header.tensors}, str(path))
     elif not isinstance(network, DiffusionTransformer):
         raise UserError(
             f"initial_weights: {path} is not a file of shoestring, and model.kind=unet has no other layout; "
             "give a run folder, a checkpoint folder or a model file that shoestring wrote"
         )
     else:
-        load_released(network, read_tensors(path), str(path))
+        load_released(network, {**_factors(network), **read_tensors(path)}, str(path))
     network.pos_embed = network.decoder_pos_embed = None
 
 
@@ -58,6 +65,11 @@ def _new_inputs(network: BaseNetwork, header: Header) -> dict[str, Tensor]:
     if not header.config.model.guidance_input:
         names += ("guidance_embedder.", "unet.time_embedding.cond_proj.")
     return {name: p.detach() for name, p in network.named_parameters() if name.startswith(names)}
+
+
+def _factors(network: BaseNetwork) -> dict[str, Tensor]:
+    """The LoRA factors of a network as they were drawn, for files that have none."""
+    return {name: p.detach() for name, p in network.named_parameters() if is_factor(name)}
 
 
 def _check_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> None:

@@ -269,7 +269,7 @@ def accumulate_gradient(
     Returns:
         Mean loss of this rank's share.
     """
-    parameters = list(learner.model.parameters())
+    parameters = [p for p in learner.model.parameters() if p.requires_grad]
     pieces = list(batch.split(micro_batch))
     total = torch.zeros((), device=batch.x0.device, dtype=batch.x0.dtype)
 

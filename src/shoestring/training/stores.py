@@ -78,6 +78,30 @@ def own_store(
         listed = "".join(f"{row['item']}\t{row['reason']}\n" for row in rejected)
         write_text(folder / "rejected.txt", listed)
         say(console, f"{len(rejected):,} left out (listed in {folder / 'rejected.txt'})")
+    with console.status(f"Preparing {len(raw):,} pictures at {stage.resolution} px"):
+        prepare_own(config, stage, codec, text_encoder, raw, folder / "store")
+    return StoreConfig(path=str(folder / "store"))
+
+
+def prepare_own(
+    config: RunConfig,
+    stage: StageConfig,
+    codec: ImageCodec,
+    text_encoder: TextEncoder | None,
+    raw: Store,
+    out: Path,
+) -> None:
+    """Encode pictures as a run reads them, as far as that is not done.
+
+    Args:
+        config: of the run.
+        stage: its resolution is prepared.
+        codec: of the recipe.
+        text_encoder: of the recipe; ``None`` where captions are not encoded.
+        raw: the pictures.
+        out: the store to make.
+    """
+    data = config.data
     multiple = codec.downsampling * config.model.patch_size
     shapes = bucket_shapes(stage.resolution, data.buckets, multiple, data.bucket_aspect)
     job = Job(
@@ -89,9 +113,7 @@ def own_store(
         text=() if text_encoder is None else (TextJob("text", _positions(config)),),
     )
     encoders = {} if text_encoder is None else {"text": lambda: text_encoder}
-    with console.status(f"Preparing {len(raw):,} pictures at {stage.resolution} px"):
-        prepare(raw, str(folder / "store"), job, Makers(lambda: codec, encoders))
-    return StoreConfig(path=str(folder / "store"))
+    prepare(raw, str(out), job, Makers(lambda: codec, encoders))
 
 
 def _min_bucket(config: RunConfig, stage: StageConfig) -> int:
