@@ -30,7 +30,7 @@ def variant(model: Mapping[str, Any] | None = None, **sections: Any) -> RunConfi
         values["tokens"] = {"method": "dense"}
     values["model"] = kept | (model or {})
     for name, section in sections.items():
-        values[name] = values[name] | section if isinstance(section, dict) else section
+        values[name] = (values[name] or {}) | section if isinstance(section, dict) else section
     return RunConfig.model_validate(values)
 
 

@@ -52,6 +52,9 @@ def small_version(command: str) -> list[str]:
         words += [o for o in SMALL if o.partition("=")[0] not in {w.partition("=")[0] for w in words}]
     if words[1] == "profile":
         words += ["--steps", "1", "--batch", "8", *(o for o in SMALL if o.startswith("model."))]
+    if words[1] == "adapt" and words[2] in ("superres", "dreambooth", "distill"):
+        words = [word for i, word in enumerate(words) if "--nimg" not in words[max(0, i - 1) : i + 1]]
+        words += ["--nimg", "16", "--batch", "8", *(["--prior", "4"] if words[2] == "dreambooth" else [])]
     if words[1:3] == ["study", "tokens"]:
         words.append("--plan")
     return words[1:]
@@ -141,6 +144,21 @@ def test_the_commands_of_the_export_page_work_in_order(root: Path, workplace: Pa
     assert (workplace / "demo-diffusers" / "model_index.json").is_file()
     sizes = [(workplace / f"{name}.safetensors").stat().st_size for name in ("demo", "demo-int8")]
     assert sizes[1] <= 0.3 * sizes[0]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_adaptation_page_work_in_order(root: Path, workplace: Path) -> None:
+    (workplace / "pictures").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((40, 40, 3), 60 * i + 40, np.uint8)).save(workplace / f"pictures/{i}.png")
+    Image.fromarray(np.full((12, 20, 3), 90, np.uint8)).save(workplace / "photo.png")
+    commands = commands_of(root / "docs" / "adapt.md")
+    assert len(commands) >= 12
+    for command in commands:
+        run(workplace, small_version(command))
+    assert (workplace / "runs" / "demo-dreambooth" / "before-and-after.png").is_file()
+    with Image.open(workplace / "upscaled" / "photo-x4.png") as picture:
+        assert picture.size == (80, 48)
 
 
 @pytest.mark.slow
