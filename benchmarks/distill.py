@@ -91,7 +91,7 @@ def shown(name: str, figures: Sequence[Figures]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("teacher", type=Path)
+    parser.add_argument("teacher", type=Path, nargs="?", default=Path("runs/demo"))
     parser.add_argument("--method", default="progressive", choices=("consistency", "codi", "progressive"))
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--first-steps", type=int, default=8)

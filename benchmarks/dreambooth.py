@@ -69,7 +69,7 @@ def over(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", type=Path)
+    parser.add_argument("base", type=Path, nargs="?", default=Path("runs/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/dreambooth"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("more", nargs="*", help="options of shoestring adapt dreambooth, after --")

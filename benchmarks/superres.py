@@ -40,7 +40,9 @@ def small_again(pictures: Tensor, factor: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("base", type=Path, help="run folder of a model of 32-pixel pictures")
+    parser.add_argument(
+        "base", type=Path, nargs="?", default=Path("runs/demo"), help="model of 32-pixel pictures"
+    )
     parser.add_argument("--nimg", type=int, default=30_000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
