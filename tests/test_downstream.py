@@ -1,6 +1,9 @@
 """The downstream part of the sampling study: which networks, the two tasks end to end, the tables."""
 
+import json
+
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from run_folders import config_of, make_checkpoint
@@ -90,6 +93,27 @@ def test_a_task_from_the_networks_to_the_page(tmp_path, task):
     again = CliRunner().invoke(app, words)  # nothing is done twice
     assert again.exit_code == 0, again.output
     assert len(read_rows(tmp_path / task / "results.parquet")) == len(rows)
+
+
+def test_a_subject_for_every_size(tmp_path):
+    study, pictures = tmp_path / "study", tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        Image.new("RGB", (30, 30), (80 * i, 40, 200)).save(pictures / f"{i}.png")
+    for channels in (8, 12):
+        make_checkpoint(study / f"models/unet-{channels}-s0", unet(channels), nimg=400)
+    words = ["study", "downstream", str(study), "--task", "dreambooth", "--nimg", "8", "--batch", "8"]
+    words += ["--pictures", str(pictures), "--class", "circle", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out/report.html").read_text()
+    for channels in (8, 12):
+        figures = json.loads((tmp_path / f"out/models/unet-{channels}-s0/fidelity.json").read_text())
+        after = figures["subject"]["after"]
+        assert f"<td>{after['mean']:.3f} +- {after['spread']:.3f}</td>" in page
+    assert page.count("data:image/") == 2
+    missing = CliRunner().invoke(app, [*words[:9], "--class", "circle"])
+    assert "needs the pictures of a subject" in str(missing.exception)
 
 
 def test_who_wins_with_few_steps_and_with_many():

@@ -116,13 +116,17 @@ def study_downstream(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="settings to change")
     ] = None,
-    task: Annotated[str, typer.Option(help="superres or distill")] = "superres",
+    task: Annotated[str, typer.Option(help="superres, distill or dreambooth")] = "superres",
     family: Annotated[str, typer.Option(help="unet, microdit or maskdit")] = "unet",
     sizes: Annotated[int, typer.Option(help="how many, from the smallest to the largest", min=2)] = 4,
     nimg: Annotated[int, typer.Option(help="images of each fine-tuning", min=8)] = 30_720,
     batch: Annotated[int, typer.Option(help="images of a step", min=1)] = 32,
     lr: Annotated[float, typer.Option(help="learning rate")] = 3e-4,
     factor: Annotated[int, typer.Option(help="superres: 2, 4 or 8")] = 4,
+    pictures: Annotated[
+        Path | None, typer.Option(help="dreambooth: folder of 3 to 10 pictures of one subject")
+    ] = None,
+    class_words: Annotated[str, typer.Option("--class", help="dreambooth: what the subject is")] = "",
     steps: Annotated[list[int] | None, typer.Option(help="may be repeated [default: the task's]")] = None,
     samples: Annotated[int, typer.Option(help="pictures of a cell", min=16)] = 500,
     train_only: Annotated[bool, typer.Option("--train-only", help="train, and measure nothing yet")] = False,
@@ -131,7 +135,7 @@ def study_downstream(
     """Take the networks of a sampling study to another task, and compare the sizes again.
 
     Super-resolution: quality at 4 to 100 steps. Distillation: students of 1 to 8 steps beside the study's own
-    rows. Interrupted, the same command goes on.
+    rows. DreamBooth: how near one subject comes, by size. Interrupted, the same command goes on.
     """
     from shoestring.studies.downstream import TASKS, DownstreamJob, run_downstream
 
@@ -150,6 +154,8 @@ def study_downstream(
         batch=batch,
         lr=lr,
         factor=factor,
+        pictures=pictures,
+        class_words=class_words,
         steps=tuple(steps or ()),
         samples=samples,
         changes=tuple(overrides or ()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -54,22 +53,10 @@ def dreambooth(
     Writes before-and-after.png and fidelity.json into the run folder. Then: shoestring sample RUN --prompt "a
     TOKEN CLASS".
     """
-    from shoestring.adapt.dreambooth import (
-        Training,
-        check_base,
-        choose_token,
-        dreambooth_recipe,
-        prepare_pictures,
-        subject_files,
-    )
-    from shoestring.adapt.fidelity import measure, table
-    from shoestring.config import DreamBoothConfig, LoRAConfig, apply_overrides
-    from shoestring.encoders.text import build_text_encoder
-    from shoestring.models.files import read_header
-    from shoestring.runtime import atomic_write, pick_device, say, write_text
-    from shoestring.sampling.generate import load_pipeline
-    from shoestring.training.display import LiveLine
-    from shoestring.training.loop import train
+    from shoestring.adapt.dreambooth import Training
+    from shoestring.adapt.subject import SubjectJob, learn_subject
+    from shoestring.config import LoRAConfig
+    from shoestring.models.files import find_model, read_header
 
     if not class_words.strip():
         raise UserError("--class is not given; say what kind of thing the subject is, e.g. --class cat")
@@ -82,32 +69,22 @@ def dreambooth(
             raise UserError(f"{option} is {value:g}; it must be above 0")
     if lora is not None and lora < 1:
         raise UserError(f"--lora is {lora}; the rank must be 1 or more (--full trains all weights)")
-    console = Console()
-    path = check_base(base)
-    config = read_header(path).config
-    subject_files(pictures)
-    word = choose_token(build_text_encoder(config.data), token)
-    words = DreamBoothConfig(token=word, class_words=class_words.strip(), template=template)
     factors = None if full else LoRAConfig(rank=lora or 16, alpha=alpha, targets=tuple(target or ("*attn*",)))
-    training = Training(factors, prior, prior_weight, nimg, batch, lr or (1.5e-4 if full else 2e-3), seed)
-    chosen = name or f"{config.name}-dreambooth"
-    folder = out or Path("runs") / chosen
-    config = apply_overrides(dreambooth_recipe(base, words, training, chosen, folder), overrides or [])
-    before = load_pipeline(path, pick_device(config.device))
-    say(console, f"{words.subject_prompt!r} will be the subject, {words.class_prompt!r} any of its class")
-    with LiveLine(console) as line:
-        prepare_pictures(
-            config, folder, pictures, before, prior, lambda n: line.show(f"drawing the class: {n}/{prior}")
-        )
-    if not train(config, folder, console):
+    chosen = name or f"{read_header(find_model(base)).config.name}-dreambooth"
+    job = SubjectJob(
+        base=base,
+        pictures=pictures,
+        class_words=class_words.strip(),
+        token=token,
+        template=template,
+        training=Training(factors, prior, prior_weight, nimg, batch, lr or (1.5e-4 if full else 2e-3), seed),
+        name=chosen,
+        folder=out or Path("runs") / chosen,
+        changes=tuple(overrides or ()),
+        prompts=tuple(prompt or ()),
+    )
+    if learn_subject(job, Console()) is None:
         raise typer.Exit(ExitCode.INTERRUPTED)
-    after = load_pipeline(folder, pick_device(config.device))
-    figures, grid = measure(folder, base, (before, after), prompt or (), console)
-    write_text(folder / "fidelity.json", json.dumps(figures, indent=1) + "\n")
-    atomic_write(folder / "before-and-after.png", lambda file: grid.save(file, format="PNG"))
-    for text in table(figures):
-        say(console, text)
-    say(console, f"Look at {folder / 'before-and-after.png'}; all figures are in fidelity.json beside it.")
 
 
 def lora_file(

@@ -2,29 +2,35 @@
 
 ``shoestring study downstream FOLDER --task superres`` takes the networks of a sampling study, teaches each
 to enlarge pictures, and measures the quality at many steps; ``--task distill`` makes students of few steps
-and puts them beside the undistilled rows of the study.
+and puts them beside the undistilled rows of the study; ``--task dreambooth`` teaches all one subject.
 
 Source: Bigger is not Always Better, arXiv 2404.01367, sections 3.2, 3.3 and 4.4.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from PIL import Image
 from rich.console import Console
 
 from shoestring.adapt.distill import Distilling, distill_recipe
+from shoestring.adapt.dreambooth import Training
+from shoestring.adapt.subject import FIGURES, GRID, SubjectJob, learn_subject
 from shoestring.adapt.superres import superres_recipe
 from shoestring.config import RunConfig, SuperResConfig, apply_overrides
 from shoestring.models.files import find_model, read_header
 from shoestring.planning import plan as count
 from shoestring.runtime import UserError, say, write_text
-from shoestring.studies.page import html_table, table_row
+from shoestring.studies.charts import COLORS, Line, line_chart
+from shoestring.studies.page import embedded, html_table, table_row
+from shoestring.studies.report_template import PAGE
 from shoestring.studies.sampling_analysis import Scale, at_the_end, best_within, better, budgets, most_samples
 from shoestring.studies.sampling_cost import Plan, Study
 from shoestring.studies.sampling_models import Model
@@ -34,10 +40,10 @@ from shoestring.studies.sampling_rows import Row, read_rows
 from shoestring.training.folder import checkpoint_folders
 from shoestring.training.loop import train
 
-Task = Literal["superres", "distill"]
-TASKS: tuple[Task, ...] = ("superres", "distill")
-STEPS: dict[Task, tuple[int, ...]] = {"superres": (4, 6, 8, 10, 20, 50, 100), "distill": (1, 2, 4, 8)}
-SAMPLER: dict[Task, str] = {"superres": "ddim", "distill": "consistency"}
+Task = Literal["superres", "distill", "dreambooth"]
+TASKS: tuple[Task, ...] = ("superres", "distill", "dreambooth")
+STEPS: dict[str, tuple[int, ...]] = {"superres": (4, 6, 8, 10, 20, 50, 100), "distill": (1, 2, 4, 8)}
+SAMPLER = {"superres": "ddim", "distill": "consistency"}
 FEW = 20
 """Steps up to which the paper finds small networks ahead in super-resolution."""
 
@@ -57,6 +63,9 @@ class DownstreamJob:
     lr: float
     factor: int
     """Of super-resolution."""
+    pictures: Path | None
+    """DreamBooth: of the subject."""
+    class_words: str
     steps: tuple[int, ...]
     samples: int
     changes: tuple[str, ...]
@@ -90,6 +99,8 @@ def run_downstream(job: DownstreamJob, console: Console) -> bool:
     """
     rows = most_samples(read_rows(job.study / "results.parquet"))
     bases = _chosen(_bases(job.study, job.family), job.sizes)
+    if job.task == "dreambooth":
+        return _learn_subject(job, bases, console)
     models = []
     for i, base in enumerate(bases):
         config = _recipe(job, base)
@@ -118,6 +129,81 @@ def run_downstream(job: DownstreamJob, console: Console) -> bool:
     beside = at_the_end([row for row in rows if row.family == job.family]) if job.task == "distill" else []
     say(console, f"Tables and figures: {write_page(job, [*beside, *found], plan.metric)}")
     return True
+
+
+def _learn_subject(job: DownstreamJob, bases: Sequence[Base], console: Console) -> bool:
+    """Teach the subject to every network, and put the figures side by side."""
+    if job.pictures is None or not job.class_words.strip():
+        raise UserError(
+            "--task dreambooth needs the pictures of a subject and what it is: give --pictures and --class"
+        )
+    found: list[tuple[Base, Path, dict[str, Any]]] = []
+    for i, base in enumerate(bases):
+        folder = job.out / "models" / f"{base.name}-s{base.seed}"
+        say(console, f"[{i + 1}/{len(bases)}] {job.task}: {base.name}, seed {base.seed}")
+        if (folder / FIGURES).is_file():
+            found.append((base, folder, json.loads((folder / FIGURES).read_text())))
+            continue
+        training = Training(None, 64, 1.0, job.nimg, job.batch, job.lr, base.seed)
+        subject = SubjectJob(
+            base=base.folder,
+            pictures=job.pictures,
+            class_words=job.class_words,
+            token=None,
+            template="a {}",
+            training=training,
+            name=f"{base.name}-dreambooth",
+            folder=folder,
+            changes=job.changes,
+        )
+        figures = learn_subject(subject, console)
+        if figures is None:
+            return False
+        found.append((base, folder, figures))
+    page = write_subject_page(job.out, found)
+    say(console, f"Table and pictures: {page}")
+    return True
+
+
+def write_subject_page(out: Path, found: Sequence[tuple[Base, Path, dict[str, Any]]]) -> Path:
+    """How near the subject came, by size.
+
+    Args:
+        out: folder of the page.
+        found: networks, their run folders and the figures of ``fidelity.json``.
+
+    Returns:
+        Path of the page.
+    """
+    body, figures = [], []
+    for base, folder, each in found:
+        values = [each["subject"][when] for when in ("before", "after", "gain")]
+        cells = [f"{base.name}, seed {base.seed}", f"{base.gflops:.3g}"]
+        cells += [f"{value['mean']:.3f} +- {value['spread']:.3f}" for value in values]
+        cells.append(f"{each['class_kept']['mean']:.3f}")
+        cells.append(f"{each['ordinary_kept']['mean']:.3f}" if "ordinary_kept" in each else "not measured")
+        body.append(table_row(list(map(escape, cells))))
+        if base.seed == 0 and (folder / GRID).is_file():
+            with Image.open(folder / GRID) as picture:
+                source, width, _ = embedded(picture)
+            figures.append(
+                f'<h2>{escape(base.name)}</h2><figure class="frame" style="--w:{width}px">'
+                f'<img class="pixels" alt="before and after" src="{source}"></figure>'
+            )
+    head = ["network", "GFLOP an evaluation", "similarity before", "after", "gain"]
+    head += ["class pictures kept", "other prompts kept"]
+    first = [(base, each) for base, _, each in found if base.seed == 0]
+    line = Line("", [(b.gflops, each["subject"]["gain"]["mean"]) for b, each in first], COLORS[0], dots=True)
+    chart = line_chart([line], (), "GFLOP an evaluation", "gain in similarity to the subject", log_x=True)
+    about = (
+        f"{len(found)} networks learned the same subject by all weights; similarity is the cosine of "
+        f"{found[0][2]['extractor']} features, mean and spread over noise seeds. Measured here."
+    )
+    parts = [f'<p class="lead">{escape(about)}</p>', html_table("By size", head, body)]
+    parts += [f'<div class="charts"><div class="card">{chart}</div></div>', *figures]
+    page = out / "report.html"
+    write_text(page, PAGE.substitute(title="A subject, by size", body="\n".join(parts), credit=""))
+    return page
 
 
 def _bases(study: Path, family: str) -> list[Base]:
