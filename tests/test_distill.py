@@ -418,7 +418,7 @@ def test_teacher_and_student_of_other_data(base, tmp_path):
         (["parallel.sharding=fsdp"], "parallel.sharding is fsdp, which spreads the average"),
         (["stages.0.ema_decay=null"], "ema_decay is null, but distill.target is ema"),
         (["distill.data_weight=1"], "data_weight is 1, but method=consistency has none"),
-        (["lora.rank=4"], "lora is set, but distill trains whole weights; put the factors into"),
+        (["lora={rank: 4}"], "lora is set, but distill trains whole weights; put the factors into"),
         (["distill.teacher=nowhere"], "nowhere does not exist"),
     ],
 )

@@ -148,9 +148,9 @@ def test_the_commands_of_the_export_page_work_in_order(root: Path, workplace: Pa
 
 @pytest.mark.slow
 def test_the_commands_of_the_adaptation_page_work_in_order(root: Path, workplace: Path) -> None:
-    (workplace / "pictures").mkdir()
+    (workplace / "subject").mkdir()
     for i in range(3):
-        Image.fromarray(np.full((40, 40, 3), 60 * i + 40, np.uint8)).save(workplace / f"pictures/{i}.png")
+        Image.fromarray(np.full((40, 40, 3), 60 * i + 40, np.uint8)).save(workplace / f"subject/{i}.png")
     Image.fromarray(np.full((12, 20, 3), 90, np.uint8)).save(workplace / "photo.png")
     commands = commands_of(root / "docs" / "adapt.md")
     assert len(commands) >= 12

@@ -30,6 +30,7 @@ class SmallDevice:
     def __init__(self, denoiser: Any, images: int) -> None:
         self.denoiser, self.images, self.largest = denoiser, images, 0
         self.patch_size, self.predicts_all = denoiser.patch_size, denoiser.predicts_all
+        self.guidance_input = denoiser.guidance_input
 
     def prepare(self, conditioning: Any) -> Any:
         return self.denoiser.prepare(conditioning)

@@ -19,7 +19,7 @@ PROCESSES = [EDMProcess(0.7), FlowProcess(1.0), FlowProcess(3.0)]
 class Echo(nn.Module):
     """A network that returns a fixed image, and remembers what it was given."""
 
-    patch_size, in_channels, predicts_all = 2, 3, False
+    patch_size, in_channels, predicts_all, guidance_input = 2, 3, False, False
 
     def __init__(self, output):
         super().__init__()

@@ -24,7 +24,7 @@ SIDE = 8
 class Mixture:
     """The exact denoiser of a mixture of two Gaussians, value by value."""
 
-    predicts_all, patch_size = False, 1
+    predicts_all, guidance_input, patch_size = False, False, 1
     shares, means, spreads = (0.4, 0.6), (-0.5, 0.7), (0.3, 0.2)
 
     def prepare(self, conditioning):
@@ -245,7 +245,7 @@ def test_the_tables_are_those_of_diffusers(schedule, zero):
 class Oracle:
     """A network that knows the mixture and predicts what it is asked for; it notes the times it sees."""
 
-    predicts_all, patch_size, in_channels = False, 1, 1
+    predicts_all, guidance_input, patch_size, in_channels = False, False, 1, 1
 
     def __init__(self, process):
         self.process, self.times = process, []

@@ -21,7 +21,7 @@ MEAN, STD = 0.3, 0.8
 class Gaussian:
     """The exact denoiser of x0 ~ N(MEAN, STD^2): E[x0 | xt] for any alpha and sigma."""
 
-    calls, predicts_all, patch_size = 0, True, 1
+    calls, predicts_all, guidance_input, patch_size = 0, True, False, 1
 
     def prepare(self, conditioning):
         return conditioning

@@ -16,7 +16,7 @@ from shoestring.config import SuperResConfig, apply_overrides
 from shoestring.evaluation.distances import KernelReference, kernel_distance
 from shoestring.models.files import find_model, read_header, save_model
 from shoestring.runtime import TrainingFailed, UserError
-from shoestring.studies import sampling_command, sampling_cost
+from shoestring.studies import sampling_command, sampling_cost, sampling_pictures
 from shoestring.studies.sampling_analysis import Scale, best_guidance, best_within, budgets, front
 from shoestring.studies.sampling_command import SamplingJob, run_sampling
 from shoestring.studies.sampling_models import given_models
@@ -98,7 +98,7 @@ def test_nothing_is_computed_twice(study, monkeypatch):
     def never(*_):
         raise AssertionError("a cell was drawn again")
 
-    monkeypatch.setattr(sampling_cost.Study, "_draw", never)
+    monkeypatch.setattr(sampling_pictures.Pictures, "draw", never)
     assert run_sampling(job(out), Console(quiet=True))
     assert read_rows(out / "results.parquet") == before
 
