@@ -10,11 +10,13 @@ from typer.testing import CliRunner
 
 from run_folders import config_of, make_checkpoint
 from shoestring.adapt.distill import Distilling, distill_recipe, distill_runs
+from shoestring.adapt.superres import superres_recipe
 from shoestring.cli.main import app
 from shoestring.config import (
     DistillConfig,
     ProcessConfig,
     SamplingConfig,
+    SuperResConfig,
     TokensConfig,
     UNetConfig,
     apply_overrides,
@@ -26,17 +28,19 @@ from shoestring.diffusion.distillation import (
     guided_estimate,
     guided_loss,
     progressive_loss,
+    step_weight,
     teacher_step,
 )
 from shoestring.diffusion.process import EDMProcess, build_process
 from shoestring.interfaces import Conditioning, Denoised, NoiseLevel
-from shoestring.models.files import build_network, load_model, read_header
+from shoestring.models.files import build_network, load_model, read_header, save_model
 from shoestring.planning import model_flops
 from shoestring.planning.distillation import passes
 from shoestring.runtime import UserError, stream
 from shoestring.sampling.generate import load_pipeline, no_fresh_noise
 from shoestring.sampling.guidance import GuidedDenoiser
 from shoestring.sampling.samplers import solve
+from shoestring.training.distilling import Distillation
 from shoestring.training.folder import checkpoint_folders
 from shoestring.training.loop import train
 from shoestring.training.starting import initial_weights
@@ -148,6 +152,21 @@ def test_two_steps_of_the_teacher_are_one_of_the_student(kind):
     assert sum(count > 0 for count in seen) == 4
     assert loss_B.max() < 1e-9
     assert progressive_loss(process, teacher, teacher, sample, grid, DATA).mean() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["edm", "flow", "ddpm", "zero-snr"])
+def test_no_step_of_the_path_is_left_out(kind):
+    """The distance to what one step changes: what each counts for must be of one order."""
+    zero = ProcessConfig(kind="ddpm", prediction="v", schedule="cosine", zero_terminal_snr=True)
+    process = build_process(zero, None) if kind == "zero-snr" else PROCESSES[kind]
+    grid = torch.tensor(process.grid(SamplingConfig(), 18), dtype=torch.float64)
+    level, following = (NoiseLevel(*part.unbind(1)) for part in (grid[:-1], grid[1:]))
+    weight = step_weight(level, following)
+    if kind == "edm":  # as published
+        torch.testing.assert_close(weight, 1 / (level.sigma_B - following.sigma_B))
+    else:
+        assert weight.max() < 1000 * weight.min()
+        assert 1 / weight[0] < 0.2  # the first step, from which every picture starts
 
 
 def test_codi_is_the_distance_of_the_noises_and_of_the_data():
@@ -337,7 +356,7 @@ def weights(run):
         ["--method", "consistency", "--guidance", "1", "--guidance", "3", "stages.0.mask_ratio=0.5"],
         ["--method", "codi", "distill.target=student"],
         ["--method", "guided"],
-        ["--method", "progressive", "--steps", "2", "--first-steps", "4"],
+        ["--method", "progressive", "--steps", "2", "--first-steps", "4", "--guidance", "2"],
     ],
     ids=["consistency", "masked, scale as an input", "codi", "guided", "progressive"],
 )
@@ -382,9 +401,41 @@ def test_progressive_grids_are_nested(base, tmp_path):
         config = distill_recipe(each.teacher, each.name, each.asked)
         steps = each.asked.steps
         assert (config.sampling.steps, config.distill.steps) == (steps, steps)
+        # Guidance is folded in once: a student knows nothing without its condition.
+        assert config.distill.guidance == ((2.0, 2.0) if steps == 8 else (1.0, 1.0))
         for ours, theirs in zip(EDM.grid(config.sampling, steps)[:: steps // 2], last, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
         make_checkpoint(each.out, config)
+
+
+def test_the_target_has_the_student_s_positions(base, tmp_path, monkeypatch):
+    seen = []
+    called = Distillation.__call__
+
+    def noted(self, *inputs):
+        found = called(self, *inputs)
+        seen.append((self.network.position_scale, self.twin.position_scale))
+        return found
+
+    monkeypatch.setattr(Distillation, "__call__", noted)
+    recipe = distill_recipe(base, "student", replace(asked(), nimg=8))
+    recipe = apply_overrides(recipe, ["stages.0.position_scale=2.0"])
+    assert train(recipe, tmp_path / "x", Console(quiet=True))
+    assert set(seen) == {(2.0, 2.0)}
+
+
+def test_another_teacher_on_resume_is_refused(tmp_path):
+    config = config_of()
+    stages = (config.stages[1].model_copy(update={"resolution": 24}),)
+    config = config.model_copy(update={"stages": stages})
+    make_checkpoint(tmp_path / "base", config)
+    recipe = distill_recipe(tmp_path / "base", "student", replace(asked(), nimg=8))
+    assert train(recipe, tmp_path / "x", Console(quiet=True))
+    file = next(tmp_path.glob("base/checkpoints/*/ema.safetensors"))
+    header = read_header(file, None)
+    save_model(file, {n: 1.1 * v for n, v in header.tensors.items()}, header.config, header.facts)
+    with pytest.raises(UserError, match=r"has other weights than when .* was begun"):
+        train(recipe, tmp_path / "x", Console(quiet=True))
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------
@@ -437,6 +488,28 @@ def test_what_cannot_be_distilled_is_said_in_a_sentence(base, tmp_path):
     make_checkpoint(tmp_path / "done", done)
     with pytest.raises(UserError, match=r"is distilled already \(consistency\)"):
         distill_recipe(tmp_path / "done", "again", asked())
+    with pytest.raises(UserError, match="has guidance folded in already and knows nothing without"):
+        distill_recipe(tmp_path / "done", "again", asked("progressive", (2.0, 2.0)))
+    with pytest.raises(UserError, match="would lose its few steps"):
+        superres_recipe(tmp_path / "done", SuperResConfig(factor=2), "x2", 8, 8, 1e-3)
+    pipeline = load_pipeline(tmp_path / "done", torch.device("cpu"))
+    changed = pipeline.config.sampling.model_copy(update={"guidance": 3.0})
+    with pytest.raises(UserError, match=r"guidance is 3; for student it must be 1, as 2 is folded in"):
+        pipeline.draw(["a red circle"], 0, [0], changed)
+    plain = config_of()
+    plain = plain.model_copy(update={"model": plain.model.model_copy(update={"condition": "none"})})
+    make_checkpoint(tmp_path / "none", plain)
+    with pytest.raises(UserError, match="has no condition to leave out"):
+        distill_recipe(tmp_path / "none", "guided", asked("guided"))
+    plain = config_of()
+    plain = plain.model_copy(update={"model": plain.model.model_copy(update={"guidance_input": True})})
+    make_checkpoint(tmp_path / "scaled", plain)
+    with pytest.raises(UserError, match="was not distilled, so no scale means anything"):
+        distill_recipe(tmp_path / "scaled", "x", asked())
+    with pytest.raises(
+        UserError, match=r"steps is 20000; it must be a whole number of at least 1 and at most 10000"
+    ):
+        distill_recipe(base, "x", asked(steps=20_000))
 
 
 @pytest.mark.parametrize(

@@ -283,13 +283,19 @@ def test_names_of_the_tensors(base, trained, tmp_path):
         keys_of("unet.mid_block.a.to_out.0", "diffusers", True)[0]
         == "unet.mid_block.a.to_out.0.lora_A.weight"
     )
-    modules = [m for m in load_model(find_model(trained))[1].modules() if isinstance(m, LoRALinear)]
+    maps = dict(load_model(find_model(trained))[1].named_modules())
+    modules = [m for m in maps.values() if isinstance(m, LoRALinear)]
     for layout, start in (("diffusers", ("unet.", "transformer.")), ("kohya", ("lora_unet_",))):
         path = tmp_path / f"{layout}.safetensors"
         assert write_lora(trained, path, layout) == len(modules)
         with safe_open(path, "pt") as file:
             words, keys = file.metadata(), set(file.keys())
             alphas = {file.get_tensor(key).item() for key in keys if key.endswith(".alpha")}
+            if layout == "diffusers":  # whose loaders take the product as it is
+                name, lora = next((n, m) for n, m in maps.items() if isinstance(m, LoRALinear))
+                a, b = (file.get_tensor(key) for key in keys_of(name, layout, name.startswith("unet.")))
+                torch.testing.assert_close(b @ a, lora.scale * (lora.lora_b @ lora.lora_a))
+                assert lora.scale != 1
         assert all(key.startswith(start) for key in keys)
         assert len(keys) == len(modules) * (3 if layout == "kohya" else 2)
         assert alphas == ({6.0} if layout == "kohya" else set())

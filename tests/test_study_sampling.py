@@ -100,7 +100,7 @@ def test_nothing_is_computed_twice(study, monkeypatch):
 
     monkeypatch.setattr(sampling_pictures.Pictures, "draw", never)
     assert run_sampling(job(out), Console(quiet=True))
-    assert read_rows(out / "results.parquet") == before
+    assert str(read_rows(out / "results.parquet")) == str(before)  # as text: nan is not nan
 
 
 def test_a_damaged_row_is_drawn_again_to_the_same_figures(study):
@@ -111,7 +111,7 @@ def test_a_damaged_row_is_drawn_again_to_the_same_figures(study):
         append_row(out / "results.parquet", row)
     assert run_sampling(job(out), Console(quiet=True))
     again = read_rows(out / "results.parquet")
-    assert replace(again[-1], seconds=0.0) == replace(before[-1], seconds=0.0)
+    assert str(replace(again[-1], seconds=0.0)) == str(replace(before[-1], seconds=0.0))
 
 
 def test_the_page_has_the_figures(study):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from shoestring.config import RunConfig, SamplingConfig, from_json
+from shoestring.config import RunConfig, from_json
 from shoestring.diffusion.grids import PLACES
 from shoestring.diffusion.process import build_process
 from shoestring.models.files import Header, find_model, read_header
@@ -88,6 +88,7 @@ def distill_recipe(teacher: Path, name: str, asked: Distilling) -> RunConfig:
         "lr_end_ratio": 0.1,
         "ema_decay": last.ema_decay if last.ema_decay is not None else 0.999,
         "ema_start_nimg": 0,
+        "ema_rampup": 0.1,  # else a slow average of a short run is mostly the teacher
     }
     beside = max(asked.batch, asked.nimg // 5)
     values = config.model_dump() | {
@@ -99,7 +100,7 @@ def distill_recipe(teacher: Path, name: str, asked: Distilling) -> RunConfig:
         | ({} if asked.method == "codi" or config.superres else {"caption_drop": 0.0}),
         "stages": [stage],
         "initial_weights": str(path.resolve()),
-        "sampling": _sampling(header, asked, guidance, takes_scale).model_dump(),
+        "sampling": _sampling(header, asked, guidance, takes_scale),
         "logging": config.logging.model_dump()
         | {
             "kid_nimg": None,
@@ -144,23 +145,50 @@ def distill_runs(teacher: Path, name: str, out: Path, asked: Distilling, first_s
         before = rounds[-1].out if rounds else teacher
         run_name = name if count == asked.steps else f"{name}-round-{count}"
         rounds.append(
-            Round(before, run_name, folder, replace(asked, steps=count, halvings=len(steps) - 1 - i))
+            Round(
+                before,
+                run_name,
+                folder,
+                replace(
+                    asked,
+                    steps=count,
+                    halvings=len(steps) - 1 - i,
+                    guidance=asked.guidance if i == 0 else None,
+                ),
+            )
         )
     return rounds
 
 
 def _guidance(header: Header, asked: Distilling, path: Path) -> tuple[float, float]:
     config = header.config
+    if config.model.guidance_input and config.distill is None:
+        raise UserError(
+            f"{path} takes the scale of guidance as an input but was not distilled, so no scale means "
+            "anything to it; give a model that was trained with model.guidance_input=false"
+        )
     unguided = asked.method == "codi" or config.superres is not None or config.model.condition == "none"
     if config.model.guidance_input:
         assert config.distill is not None
         return config.distill.guidance if asked.guidance is None else asked.guidance
+    if unguided and asked.method == "guided":
+        raise UserError(
+            f"--method guided makes one pass of two, but {path} has no condition to leave out and needs one "
+            "as it is; choose consistency, codi or progressive"
+        )
     if unguided:
         if asked.guidance is not None and asked.guidance != (1.0, 1.0):
             why = (
                 "method codi has no teacher to guide" if asked.method == "codi" else f"{path} has no captions"
             )
             raise UserError(f"--guidance is given, but {why}; leave it out")
+        return 1.0, 1.0
+    if config.distill is not None and config.distill.method != "codi":  # folded in already
+        if asked.guidance not in (None, (1.0, 1.0)):
+            raise UserError(
+                f"--guidance is given, but {path} has guidance folded in already and knows nothing "
+                "without; leave it out"
+            )
         return 1.0, 1.0
     if asked.guidance is not None:
         return asked.guidance
@@ -182,7 +210,7 @@ def _settings(path: Path, asked: Distilling, guidance: tuple[float, float]) -> d
 
 def _sampling(
     header: Header, asked: Distilling, guidance: tuple[float, float], takes_scale: bool
-) -> SamplingConfig:
+) -> dict[str, Any]:
     """How the student is sampled: its own number of steps, guidance off where it is folded in."""
     teachers = header.config.sampling
     changes: dict[str, Any] = {
@@ -197,7 +225,7 @@ def _sampling(
     if asked.method != "guided":
         sampler = "ddim" if asked.method == "progressive" else "consistency"
         changes |= {"sampler": sampler, "steps": asked.steps} | _table(header, asked.steps >> asked.halvings)
-    return SamplingConfig.model_validate(teachers.model_dump() | changes)
+    return teachers.model_dump() | changes
 
 
 def _table(header: Header, steps: int) -> dict[str, Any]:

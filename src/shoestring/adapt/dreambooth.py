@@ -132,6 +132,11 @@ def check_base(base: Path) -> Path:
         )
     if config.superres is not None:
         raise UserError(f"{path} enlarges pictures; DreamBooth needs a model that draws from words")
+    if config.distill is not None:
+        raise UserError(
+            f"{path} is distilled ({config.distill.method}) and would lose its few steps; give the model "
+            "that it was made from"
+        )
     if config.lora is not None:
         raise UserError(
             f"{path} has LoRA factors beside its weights; put them into the weights first, with shoestring "

@@ -78,7 +78,10 @@ def write_lora(run: Path, out: Path, layout: Layout) -> int:
     modules = [n.removesuffix(f".{FACTORS[0]}") for n in header.tensors if n.endswith(f".{FACTORS[0]}")]
     for module in modules:
         for factor, key in zip(FACTORS, keys_of(module, layout, unet), strict=True):
-            tensors[key] = header.tensors[f"{module}.{factor}"].contiguous()
+            value = header.tensors[f"{module}.{factor}"]
+            # Without an alpha of its own diffusers takes the product as it is.
+            counts = scale_of(config.lora) if layout == "diffusers" and factor == FACTORS[1] else 1.0
+            tensors[key] = (counts * value).contiguous()
         if layout == "kohya":
             tensors[f"{keys_of(module, layout, unet)[0].partition('.')[0]}.alpha"] = _alpha(config.lora)
     words = {
@@ -140,7 +143,8 @@ def merge_lora(base: Path, lora: Path, out: Path, scale: float = 1.0) -> None:
                 there = "missing" if key not in factors else f"of shape {list(factors[key].shape)}"
                 raise UserError(f"{lora}: {key} is {there}; it is damaged, write it anew")
         change = factors[b_key].double() @ factors[a_key].double()
-        merged = weight.double() + scale * scale_of(config.lora) * change
+        inside = 1.0 if words["keys"] == "diffusers" else scale_of(config.lora)
+        merged = weight.double() + scale * inside * change
         tensors[f"{module}.weight"] = merged.to(weight.dtype)
     facts = ModelFacts(**json.loads(words["facts"]) | {"classes": header.facts.classes})
     plain = config.model_copy(update={"lora": None})

@@ -49,6 +49,11 @@ def superres_recipe(
     config = header.config
     if config.superres is not None:
         raise UserError(f"{path} enlarges pictures already; go on with shoestring train and initial_weights")
+    if config.distill is not None:
+        raise UserError(
+            f"{path} is distilled ({config.distill.method}) and would lose its few steps; give the model "
+            "that it was made from, and distil the result"
+        )
     side = header.facts.resolution
     last = next((s for s in reversed(config.stages) if s.resolution == side), config.stages[-1])
     stage = last.model_dump() | {
@@ -64,11 +69,13 @@ def superres_recipe(
         "lr_end_ratio": 0.1,
         "ema_decay": last.ema_decay if last.ema_decay is not None else 0.999,
         "ema_start_nimg": 0,
+        "ema_rampup": 0.1,  # else a slow average of a short run is mostly the base
     }
     values = config.model_dump() | {
         "name": name,
         "model": config.model.model_dump() | {"image_channels": config.model.in_channels},
         "superres": superres.model_dump(),
+        "dreambooth": None,
         # Nobody gives captions when pictures are enlarged, so none are trained with.
         "data": config.data.model_dump() | {"caption_drop": 1.0},
         "stages": [stage],

@@ -68,7 +68,8 @@ def adapt_distill(
         ),
     ] = None,
     first_steps: Annotated[
-        int | None, typer.Option(help="progressive: of the first student, halved from there [default: 4x]")
+        int | None,
+        typer.Option(help="progressive: of the first student, halved from there [default: 4x]", min=1),
     ] = None,
     nimg: Annotated[int, typer.Option(help="images to train on (progressive: each round)", min=1)] = 50_000,
     batch: Annotated[int, typer.Option(help="images of a step", min=1)] = 64,
@@ -96,7 +97,13 @@ def adapt_distill(
     chosen = name or f"{read_header(find_model(teacher)).config.name}-{kind}-{steps}"
     asked = Distilling(kind, steps, (min(given), max(given)) if given else None, nimg, batch, lr)
     console = Console()
-    rounds = distill_runs(teacher, chosen, out or Path("runs") / chosen, asked, first_steps or 4 * steps)
+    rounds = distill_runs(
+        teacher,
+        chosen,
+        out or Path("runs") / chosen,
+        asked,
+        4 * steps if first_steps is None else first_steps,
+    )
     for i, each in enumerate(rounds):
         config = apply_overrides(distill_recipe(each.teacher, each.name, each.asked), overrides or [])
         done = [int(folder.name) for folder in checkpoint_folders(each.out)]

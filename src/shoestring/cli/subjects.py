@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -60,13 +61,13 @@ def dreambooth(
 
     if not class_words.strip():
         raise UserError("--class is not given; say what kind of thing the subject is, e.g. --class cat")
-    if template.count("{}") != 1:
+    if template.count("{}") != 1 or "{" in template.replace("{}", ""):
         raise UserError(f"--template is {template!r}; it must hold {{}} once, as in 'a photo of a {{}}'")
     if full and (lora is not None or alpha is not None or target):
         raise UserError("--full trains all weights, and LoRA's options were given too; leave one of them out")
     for option, value in (("--lr", lr), ("--prior-weight", prior_weight), ("--alpha", alpha)):
-        if value is not None and not value > 0:
-            raise UserError(f"{option} is {value:g}; it must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{option} is {value:g}; it must be above 0 and finite")
     if lora is not None and lora < 1:
         raise UserError(f"--lora is {lora}; the rank must be 1 or more (--full trains all weights)")
     factors = None if full else LoRAConfig(rank=lora or 16, alpha=alpha, targets=tuple(target or ("*attn*",)))
@@ -112,5 +113,7 @@ def merge(
     from shoestring.adapt.lora import merge_lora
     from shoestring.runtime import say
 
+    if not math.isfinite(scale):
+        raise UserError(f"--scale is {scale:g}; it must be a finite number")
     merge_lora(base, lora, out, scale)
     say(Console(), f'{out}: draw with shoestring sample {out} --prompt "..."')

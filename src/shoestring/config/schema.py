@@ -319,12 +319,13 @@ class RunConfig(Frozen):
                 "distill.method is guided, which makes the scale of guidance an input; set "
                 "model.guidance_input=true"
             )
-        if self.parallel.sharding in ("fsdp", "hybrid") and distill.target == "ema":
+        averaged = distill.target == "ema" and distill.method in ("consistency", "codi")
+        if self.parallel.sharding in ("fsdp", "hybrid") and averaged:
             raise ValueError(
                 f"parallel.sharding is {self.parallel.sharding}, which spreads the average over the ranks, "
                 "but distill.target is ema; set it to student"
             )
-        if distill.target == "ema" and distill.method in ("consistency", "codi"):
+        if averaged:
             missing = next((stage.name for stage in self.stages if stage.ema_decay is None), None)
             if missing is not None:
                 raise ValueError(

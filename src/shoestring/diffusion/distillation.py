@@ -180,8 +180,8 @@ def consistency_loss(
     """Consistency distillation: the estimate at a level equals that one teacher's step nearer to the data.
 
     A denoiser returns its input at sigma 0, so it is a consistency function as it stands; at the last step
-    the target is the teacher's own estimate. The pseudo-Huber distance is weighted by 1 / (r - r') for the
-    noise-to-signal ratios of the two ends, the squared one by its square.
+    the target is the teacher's own estimate. The pseudo-Huber distance is weighted by :func:`step_weight`,
+    the squared one by its square.
 
     Args:
         process: noise process.
@@ -205,12 +205,29 @@ def consistency_loss(
         xs = teacher_step(teacher, xt, level, following, sample, solver)
     wanted = _end_of_path(target, xs, following, asked, sample)
     error_B = _error(student(xt, level, asked, sample.visible_BK), wanted)
-    return _distance(error_B, huber, _step_weight(level, following))
+    return _distance(error_B, huber, step_weight(level, following))
 
 
-def _step_weight(level: NoiseLevel, following: NoiseLevel) -> Float[Tensor, " B"]:
-    ratio_B = level.sigma_B / level.alpha_B.clamp(min=1e-6)
-    return 1 / (ratio_B - following.sigma_B / following.alpha_B)
+def step_weight(level: NoiseLevel, following: NoiseLevel) -> Float[Tensor, " B"]:
+    """What the distance at a step of the path counts: 1 / (t - t').
+
+    With alpha 1 (EDM) t is sigma, as published. Other processes begin where the signal is gone, or nearly so,
+    and t is sigma / (alpha + sigma), the time of flow matching: the ratio of the two would leave the first
+    step, from which every picture starts, no weight.
+
+    Args:
+        level: where the step begins.
+        following: where it ends.
+
+    Returns:
+        Positive numbers.
+    """
+
+    def time(at: NoiseLevel) -> Tensor:
+        bounded_B = at.sigma_B / (at.alpha_B + at.sigma_B)
+        return torch.where((level.alpha_B == 1) & (following.alpha_B == 1), at.sigma_B, bounded_B)
+
+    return 1 / (time(level) - time(following))
 
 
 def _distance(error_B: Tensor, huber: float, weight_B: Tensor) -> Tensor:

@@ -370,6 +370,8 @@ def _is_stable_diffusion(config: RunConfig, codec: ImageCodec) -> bool:
         and model.patch_size == 1
         and config.data.text_encoder == "clip"
         and process.kind == "ddpm"
+        and not model.guidance_input
+        and (sampling.sampler == "euler" or (sampling.sampler == "ddim" and not sampling.eta))
         and sampling.spacing in ("auto", "trailing", "leading")
     )
 

@@ -140,6 +140,8 @@ def _check_released_form(network: DiffusionTransformer) -> None:
     facts: list[tuple[str, object, tuple[object, ...]]] = [
         ("model.condition", model.condition, ("text",) if microdit else ("class", "none")),
         ("model.qk_norm", model.qk_norm, (microdit,)),
+        ("model.image_channels", model.image_channels, (0,)),
+        ("model.guidance_input", model.guidance_input, (False,)),
     ]
     if microdit:
         facts.append(("model.decoder.depth", model.decoder.depth, (0,)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from shoestring.config import DistillConfig, RunConfig
 from shoestring.models.files import find_model, read_header
 from shoestring.planning.flops import model_flops
+from shoestring.runtime import UserError
 
 
 def passes(distill: DistillConfig, takes_scale: bool) -> tuple[int, int]:
@@ -33,7 +34,7 @@ def distillation_flops(
     """FLOPs of an image's passes beside the student's own; 0 without distillation.
 
     Args:
-        config: of the student's run; the teacher's file must be there.
+        config: of the student's run; a teacher that is not there counts as large as the student.
         grid: rows and columns of patches.
         caption_tokens: caption length.
         mask_ratio: share of patches dropped.
@@ -44,7 +45,10 @@ def distillation_flops(
     """
     if config.distill is None:
         return 0.0
-    theirs = read_header(find_model(Path(config.distill.teacher))).config
+    try:
+        theirs = read_header(find_model(Path(config.distill.teacher))).config
+    except UserError:  # of a finished run it may be gone; most are as large as their students
+        theirs = config
     teacher, target = passes(config.distill, theirs.model.guidance_input)
     flops = model_flops(theirs.model, grid, caption_tokens, mask_ratio, theirs.tokens)
     return teacher * flops.forward + target * own

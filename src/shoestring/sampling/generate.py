@@ -200,6 +200,7 @@ class Pipeline:
             image = low_latents(low, self.config.superres.factor, self.codec).to(self.device)
             conditioning = replace(conditioning, image=image)
             against = None if against is None else replace(against, image=image)
+        self._check_guidance(sampling)
         begin = None
         if start is not None:
             moments = self.codec.encode(start).to(self.device)
@@ -230,6 +231,20 @@ class Pipeline:
         if self.strict:
             self._check_finite(x0, seed, images)
         return self.codec.decode(x0).cpu()
+
+    def _check_guidance(self, sampling: SamplingConfig) -> None:
+        """A student knows the scales that it was distilled for, and no others."""
+        distill = self.config.distill
+        if distill is None or distill.method == "codi":
+            return
+        low, high = distill.guidance if self.config.model.guidance_input else (1.0, 1.0)
+        if not low <= sampling.guidance <= high:
+            known = f"from {low:g} to {high:g}" if low < high else f"{low:g}"
+            folded = f"{distill.guidance[0]:g} is folded in" if low == high else "it was distilled for those"
+            raise UserError(
+                f"sampling.guidance is {sampling.guidance:g}; for {self.config.name} it must be {known}, as "
+                f"{folded}"
+            )
 
     def _check_finite(self, x0: Tensor, seed: int, images: Sequence[int]) -> None:
         broken = (~x0.flatten(1).isfinite().all(dim=1)).nonzero()

@@ -9,7 +9,6 @@ Source: Bigger is not Always Better, arXiv 2404.01367, sections 3.2, 3.3 and 4.4
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from rich.console import Console
 
 from shoestring.adapt.distill import Distilling, distill_recipe
 from shoestring.adapt.dreambooth import Training
-from shoestring.adapt.subject import FIGURES, GRID, SubjectJob, learn_subject
+from shoestring.adapt.subject import GRID, SubjectJob, learn_subject
 from shoestring.adapt.superres import superres_recipe
 from shoestring.config import RunConfig, SuperResConfig, apply_overrides
 from shoestring.models.files import find_model, read_header
@@ -141,9 +140,6 @@ def _learn_subject(job: DownstreamJob, bases: Sequence[Base], console: Console) 
     for i, base in enumerate(bases):
         folder = job.out / "models" / f"{base.name}-s{base.seed}"
         say(console, f"[{i + 1}/{len(bases)}] {job.task}: {base.name}, seed {base.seed}")
-        if (folder / FIGURES).is_file():
-            found.append((base, folder, json.loads((folder / FIGURES).read_text())))
-            continue
         training = Training(None, 64, 1.0, job.nimg, job.batch, job.lr, base.seed)
         subject = SubjectJob(
             base=base.folder,

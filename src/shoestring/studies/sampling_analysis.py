@@ -27,8 +27,8 @@ class Scale:
 
     def sampling(self, row: Row) -> float:
         """Cost of a picture: normalised cost of an evaluation x evaluations."""
-        twice = 2 if self.count_guidance and row.guidance not in (0.0, 1.0) else 1
-        return self.evaluation(row) * row.evaluations * twice
+        calls = row.guided_calls if self.count_guidance and row.guidance not in (0.0, 1.0) else 1
+        return self.evaluation(row) * row.evaluations * calls
 
 
 def better(metric: str) -> Callable[[Row], float]:

@@ -287,6 +287,7 @@ class Study:
             fd=math.nan,
             precision=math.nan,
             recall=math.nan,
+            guided_calls=1 if config.model.guidance_input else 2,
             digest=file_digest(checkpoint)[:12],
         )
 

@@ -50,6 +50,8 @@ class Row:
     """Super-resolution: 1 - cosine of features to those pictures, mean. Not LPIPS."""
     seconds: float = NOT_A_NUMBER
     """Of drawing, as it ran."""
+    guided_calls: int = 2
+    """Network calls of an evaluation with guidance; 1 of models that take the scale as an input."""
     digest: str = ""
     """Of the model file."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoestring.config import DistillConfig, NoiseConfig, RunConfig, SamplingConfig
+from shoestring.config import DistillConfig, NoiseConfig, RunConfig
 from shoestring.diffusion.distillation import (
     Sample,
     codi_loss,
@@ -37,7 +37,9 @@ def data_facts(config: RunConfig) -> dict[str, object]:
         "data.path": data.path,
         "data.stores": tuple(store.path for store in data.stores),
         "data.codec": data.codec,
+        "data.codec_path": data.codec_path,
         "data.text_encoder": data.text_encoder if model.condition == "text" else None,
+        "data.text_encoder_path": data.text_encoder_path if model.condition == "text" else None,
         "process": config.process.model_dump(exclude={"sigma_data"}),
         "superres": config.superres,
         "model.condition": model.condition,
@@ -59,7 +61,10 @@ def check_teacher(config: RunConfig) -> Path:
         UserError: if it cannot be read, or was trained on other data, latents or noise than the student.
     """
     assert config.distill is not None
-    path = find_model(Path(config.distill.teacher))
+    try:
+        path = find_model(Path(config.distill.teacher))
+    except UserError as error:
+        raise UserError(f"distill.teacher: {error}") from error
     theirs = data_facts(read_header(path).config)
     for key, value in data_facts(config).items():
         if theirs[key] != value:
@@ -108,11 +113,15 @@ class Distillation:
         self.teacher = process.denoiser(teacher.to(device).requires_grad_(False), precision)
         # A path of many levels is that of the process; a student's step is cut in two on its own grid.
         halved = self.config.method == "progressive"
-        sampling = config.sampling if halved else SamplingConfig()
+        sampling = config.sampling
+        if not halved:
+            sampling = sampling.model_copy(update={"spacing": "auto", "sigmas": None})
         self.grid = process.grid(sampling, self.config.steps * (2 if halved else 1))
+        self.network, self.twin = network, None
         self.target: Denoiser | None = None
         if self.config.target == "ema" and self.config.method in ("consistency", "codi"):
-            self.target = process.denoiser(_averaged(network, averages), precision)
+            self.twin = _averaged(network, averages)
+            self.target = process.denoiser(self.twin, precision)
 
     def __call__(
         self, student: Denoiser, batch: TrainingBatch, noise: NoiseConfig, mask_ratio: float
@@ -132,6 +141,8 @@ class Distillation:
             visible_from_noise(batch.mask_BL, mask_ratio, tokens.pattern, grid, tokens.block),
         )
         target = self.target if self.target is not None else student
+        if self.twin is not None:
+            self.twin.position_scale = self.network.position_scale  # stages change it
         if config.method == "consistency":
             loss_B = consistency_loss(
                 process, student, target, self.teacher, sample, self.grid, config.solver, config.huber

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from shoestring.config import RunConfig, StageConfig
 from shoestring.diffusion.process import build_process
+from shoestring.evaluation.digests import file_digest
 from shoestring.interfaces import ImageCodec, TextEncoder
 from shoestring.models.files import build_network
 from shoestring.models.lora import train_factors_only
@@ -101,10 +102,21 @@ class Setup:
             network, config.tokens, process, optimizer, workers, parallel, precision, config.power_ema
         )
         if config.distill is not None:
+            self._same_teacher(check_teacher(config))
             learner.objective = Distillation(
                 config, process, sigma_data, network, learner.averages, parallel.device
             )
         return learner
+
+    def _same_teacher(self, path: Path) -> None:
+        """A run goes on with the teacher it began with, or not at all."""
+        here: str = self.parallel.from_first(lambda: file_digest(path))
+        before = self.remembered("teacher", lambda: here)
+        if before != here:
+            raise self.parallel.mistake(
+                f"distill.teacher: {path} has other weights than when {self.folder} was begun; put the old "
+                "file back, or begin in another folder with --out"
+            )
 
     def fit_to_stage(self, learner: Learner, stage: StageConfig, data: StageData, micro_batch: int) -> None:
         """Choose the attention of a stage's shapes (on a CPU, by timing) and compile the blocks for them.

@@ -304,6 +304,11 @@ class ShoestringPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {list(latents.shape)}; {list(shape)} is needed")
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        if negative_prompt is not None and self._takes_scale:
+            raise ValueError(
+                "negative_prompt is given, but this model was distilled with guidance as an input and makes "
+                "no second prediction; leave it out"
+            )
         against = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         if against is not None and len(against) != len(prompts):
             raise ValueError(f"{len(against)} negative prompts are given for {len(prompts)} pictures")
