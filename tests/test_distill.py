@@ -36,6 +36,7 @@ from shoestring.interfaces import Conditioning, Denoised, NoiseLevel
 from shoestring.models.files import build_network, load_model, read_header, save_model
 from shoestring.planning import model_flops
 from shoestring.planning.distillation import passes
+from shoestring.planning.memory import forecast_memory
 from shoestring.runtime import UserError, stream
 from shoestring.sampling.generate import load_pipeline, no_fresh_noise
 from shoestring.sampling.guidance import GuidedDenoiser
@@ -406,6 +407,15 @@ def test_progressive_grids_are_nested(base, tmp_path):
         for ours, theirs in zip(EDM.grid(config.sampling, steps)[:: steps // 2], last, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
         make_checkpoint(each.out, config)
+
+
+def test_the_forecast_of_memory_knows_the_teacher(base):
+    recipe = distill_recipe(base, "student", replace(asked(), nimg=8))
+    plain = recipe.model_copy(update={"distill": None})
+    forecasts = [forecast_memory(config, config.stages[0], micro_batch=8) for config in (recipe, plain)]
+    held = sum(p.numel() for p in build_network(plain).parameters())
+    assert forecasts[0].total - forecasts[1].total == 4 * held
+    assert forecasts[0].averages == forecasts[1].averages
 
 
 def test_the_target_has_the_student_s_positions(base, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from shoestring.adapt.recipe import fine_tuning_logging, fine_tuning_stage
 from shoestring.config import RunConfig, from_json
 from shoestring.diffusion.grids import PLACES
 from shoestring.diffusion.process import build_process
@@ -73,24 +74,7 @@ def distill_recipe(teacher: Path, name: str, asked: Distilling) -> RunConfig:
         )
     guidance = _guidance(header, asked, path)
     takes_scale = asked.method == "guided" or guidance[0] < guidance[1] or config.model.guidance_input
-    side = header.facts.resolution
-    last = next((s for s in reversed(config.stages) if s.resolution == side), config.stages[-1])
-    stage = last.model_dump() | {
-        "name": asked.method,
-        "nimg": asked.nimg,
-        "batch": asked.batch,
-        "micro_batch": None,
-        "mask_ratio": 0.0,
-        "mask_ratio_end": None,
-        "lr": asked.lr,
-        "warmup_nimg": asked.nimg // 20,
-        "lr_schedule": "linear",
-        "lr_end_ratio": 0.1,
-        "ema_decay": last.ema_decay if last.ema_decay is not None else 0.999,
-        "ema_start_nimg": 0,
-        "ema_rampup": 0.1,  # else a slow average of a short run is mostly the teacher
-    }
-    beside = max(asked.batch, asked.nimg // 5)
+    stage = fine_tuning_stage(header, asked.method, asked.nimg, asked.batch, asked.lr)
     values = config.model_dump() | {
         "name": name,
         "model": config.model.model_dump() | {"guidance_input": takes_scale},
@@ -101,14 +85,7 @@ def distill_recipe(teacher: Path, name: str, asked: Distilling) -> RunConfig:
         "stages": [stage],
         "initial_weights": str(path.resolve()),
         "sampling": _sampling(header, asked, guidance, takes_scale),
-        "logging": config.logging.model_dump()
-        | {
-            "kid_nimg": None,
-            "log_nimg": max(asked.batch, asked.nimg // 50),
-            "validate_nimg": beside,
-            "sample_nimg": beside,
-            "checkpoint_nimg": beside,
-        },
+        "logging": fine_tuning_logging(config, asked.nimg, asked.batch, 5),
     }
     return from_json(json.dumps(values), "the recipe of the distillation")
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoestring.adapt.recipe import fine_tuning_logging, fine_tuning_stage
 from shoestring.config import DreamBoothConfig, LoRAConfig, OptimizerConfig, RunConfig, from_json
 from shoestring.data.folder import SUFFIXES
 from shoestring.data.ingest import ingest
@@ -169,24 +170,8 @@ def dreambooth_recipe(
     path = check_base(base)
     header = read_header(path)
     config, side, nimg, batch = header.config, header.facts.resolution, training.nimg, training.batch
-    last = next((s for s in reversed(config.stages) if s.resolution == side), config.stages[-1])
-    stage = last.model_dump() | {
-        "name": "dreambooth",
-        "nimg": nimg,
-        "batch": batch,
-        "micro_batch": None,
-        "resolution": side,
-        "stores": (),
-        "min_side": None,
-        "mask_ratio": 0.0,
-        "mask_ratio_end": None,
-        "lr": training.lr,
-        "warmup_nimg": nimg // 20,
-        "lr_schedule": "linear",
-        "lr_end_ratio": 0.1,
-        "ema_decay": None,
-        "ema_start_nimg": 0,
-    }
+    own = {"resolution": side, "stores": (), "min_side": None, "ema_decay": None}
+    stage = fine_tuning_stage(header, "dreambooth", nimg, batch, training.lr) | own
     stores = [{"path": str(store_of(folder, SUBJECT)), "weight": 1.0}]
     if training.prior:
         stores.append({"path": str(store_of(folder, CLASS)), "weight": training.prior_weight})
@@ -202,7 +187,6 @@ def dreambooth_recipe(
         "flip": False,
         "caption_drop": 0.0,
     }
-    every = max(batch, nimg // 4)
     values = config.model_dump() | {
         "name": name,
         "seed": training.seed,
@@ -213,16 +197,8 @@ def dreambooth_recipe(
         "power_ema": (),
         "lora": None if training.lora is None else training.lora.model_dump(),
         "dreambooth": subject.model_dump(),
-        "logging": config.logging.model_dump()
-        | {
-            "kid_nimg": None,
-            "milestone_nimg": None,
-            "prompts": (subject.subject_prompt, subject.class_prompt),
-            "log_nimg": max(batch, nimg // 50),
-            "validate_nimg": every,
-            "sample_nimg": every,
-            "checkpoint_nimg": every,
-        },
+        "logging": fine_tuning_logging(config, nimg, batch, 4)
+        | {"milestone_nimg": None, "prompts": (subject.subject_prompt, subject.class_prompt)},
     }
     made = from_json(json.dumps(values), "the recipe of DreamBooth")
     if made.lora is not None:

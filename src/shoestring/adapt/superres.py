@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shoestring.adapt.recipe import fine_tuning_logging, fine_tuning_stage
 from shoestring.config import RunConfig, SuperResConfig, from_json
 from shoestring.models.files import find_model, read_header
 from shoestring.runtime import UserError
@@ -54,23 +55,7 @@ def superres_recipe(
             f"{path} is distilled ({config.distill.method}) and would lose its few steps; give the model "
             "that it was made from, and distil the result"
         )
-    side = header.facts.resolution
-    last = next((s for s in reversed(config.stages) if s.resolution == side), config.stages[-1])
-    stage = last.model_dump() | {
-        "name": "superres",
-        "nimg": nimg,
-        "batch": batch,
-        "micro_batch": None,
-        "mask_ratio": 0.0,
-        "mask_ratio_end": None,
-        "lr": lr,
-        "warmup_nimg": nimg // 20,
-        "lr_schedule": "linear",
-        "lr_end_ratio": 0.1,
-        "ema_decay": last.ema_decay if last.ema_decay is not None else 0.999,
-        "ema_start_nimg": 0,
-        "ema_rampup": 0.1,  # else a slow average of a short run is mostly the base
-    }
+    stage = fine_tuning_stage(header, "superres", nimg, batch, lr)
     values = config.model_dump() | {
         "name": name,
         "model": config.model.model_dump() | {"image_channels": config.model.in_channels},
@@ -81,15 +66,7 @@ def superres_recipe(
         "stages": [stage],
         "initial_weights": str(path.resolve()),
         "sampling": config.sampling.model_dump() | {"guidance": 1.0},
-        "logging": config.logging.model_dump()
-        | {
-            "kid_nimg": None,
-            "prompts": (),
-            "log_nimg": max(batch, nimg // 50),
-            "validate_nimg": max(batch, nimg // 5),
-            "sample_nimg": max(batch, nimg // 5),
-            "checkpoint_nimg": max(batch, nimg // 5),
-        },
+        "logging": fine_tuning_logging(config, nimg, batch, 5) | {"prompts": ()},
     }
     return from_json(json.dumps(values), "the recipe of super-resolution")
 

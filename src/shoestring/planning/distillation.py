@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from shoestring.config import DistillConfig, RunConfig
-from shoestring.models.files import find_model, read_header
+from shoestring.models.files import find_model, new_network, read_header
 from shoestring.planning.flops import model_flops
 from shoestring.runtime import UserError
 
@@ -45,10 +47,26 @@ def distillation_flops(
     """
     if config.distill is None:
         return 0.0
-    try:
-        theirs = read_header(find_model(Path(config.distill.teacher))).config
-    except UserError:  # of a finished run it may be gone; most are as large as their students
-        theirs = config
+    theirs = _teacher(config)
     teacher, target = passes(config.distill, theirs.model.guidance_input)
     flops = model_flops(theirs.model, grid, caption_tokens, mask_ratio, theirs.tokens)
     return teacher * flops.forward + target * own
+
+
+def teacher_parameters(config: RunConfig) -> int:
+    """Parameters of the teacher; 0 without one."""
+    if config.distill is None or config.distill.method == "codi":
+        return 0
+    theirs = _teacher(config)
+    with torch.device("meta"):
+        network = new_network(theirs.model, theirs.tokens)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _teacher(config: RunConfig) -> RunConfig:
+    """Its settings; where it is gone, as of a finished run it may be, those of the student stand for them."""
+    assert config.distill is not None
+    try:
+        return read_header(find_model(Path(config.distill.teacher))).config
+    except UserError:
+        return config

@@ -22,6 +22,7 @@ from shoestring.models.lora import lora_parameters
 from shoestring.models.moe import ExpertChoice
 from shoestring.models.transformer import DiffusionTransformer
 from shoestring.planning.activations import FP32, Bytes, DeviceType, Part, network_parts
+from shoestring.planning.distillation import teacher_parameters
 from shoestring.planning.run import mask_ratios, meta_network, patch_grid
 from shoestring.runtime import UserError
 
@@ -222,6 +223,9 @@ class _Step:
     """Parameters that Muon updates."""
     muon_piece: int
     """Of which at once."""
+    teacher: int
+    """Parameters of a distillation's teacher, whole on every rank. Its passes keep nothing, and are over
+    before those of the student begin."""
 
     @staticmethod
     def of(
@@ -265,6 +269,7 @@ class _Step:
             trained,
             muon,
             min(largest, MUON_PIECE * workers),
+            teacher_parameters(config),
         )
 
     def forecast(self, micro_batch: int) -> MemoryForecast:
@@ -282,13 +287,13 @@ class _Step:
         batch = self.share * self.image_bytes
         worst = max(peak, update)
         return MemoryForecast(
-            weights=weights,
+            weights=weights + FP32 * self.teacher,
             gradients=gradients,
             moments=moments,
             averages=self.tracks * weights,
             activations=activations,
             workspace=batch + max(0, worst - activations - gradients),
-            total=(1 + self.tracks) * weights + moments + batch + worst,
+            total=(1 + self.tracks) * weights + FP32 * self.teacher + moments + batch + worst,
         )
 
     def _kept(self, part: Part, images: int) -> float:

@@ -110,7 +110,9 @@ class Distillation:
                 f"student has {sigma_data:.4g}; leave process.sigma_data as the teacher's"
             )
         precision = PRECISIONS[config.precision]
-        self.teacher = process.denoiser(teacher.to(device).requires_grad_(False), precision)
+        if self.config.method != "codi":  # which looks at its settings only
+            teacher.to(device)
+        self.teacher = process.denoiser(teacher.requires_grad_(False), precision)
         # A path of many levels is that of the process; a student's step is cut in two on its own grid.
         halved = self.config.method == "progressive"
         sampling = config.sampling
