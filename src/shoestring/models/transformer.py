@@ -18,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from shoestring.config import TokensConfig, TransformerConfig
 from shoestring.interfaces import Conditioning, NetworkOutput
 from shoestring.models.attention import Choices
+from shoestring.models.guidance import GuidanceEmbedding
 from shoestring.models.layers import (
     Activation,
     CaptionBlock,
     CaptionMLP,
     ClassEmbedding,
     CrossAttention,
-    GuidanceEmbedding,
     LayerNorm,
     ModulatedLinear,
     NormLinear,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from shoestring.config import TokensConfig, UNetConfig
 from shoestring.interfaces import Conditioning, NetworkOutput
 from shoestring.models.attention import attend
-from shoestring.models.layers import ClassEmbedding, GuidanceEmbedding, guidance_features
+from shoestring.models.guidance import GuidanceEmbedding, guidance_features
+from shoestring.models.layers import ClassEmbedding
 from shoestring.models.network import BaseNetwork
 from shoestring.runtime import UserError
 from shoestring.tensors import Bool, Float, Int, patchify, unpatchify

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from shoestring.config import ModelConfig, TokensConfig, TransformerConfig, UNetConfig
 from shoestring.models.files import FAMILIES
-from shoestring.models.layers import GuidanceEmbedding, attention_width, mlp_width, swiglu_width
+from shoestring.models.guidance import GuidanceEmbedding
+from shoestring.models.layers import attention_width, mlp_width, swiglu_width
 from shoestring.models.routing import build_method
 from shoestring.models.token_method import Layers, TokenMethod
 from shoestring.models.transformer import has_experts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoestring.config import UNetConfig
-from shoestring.models.layers import GuidanceEmbedding
+from shoestring.models.guidance import GuidanceEmbedding
 
 CLASS_TOKENS = 2
 """Of the caption that a class is shown as."""
