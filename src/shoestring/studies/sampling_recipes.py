@@ -74,8 +74,9 @@ class Preset:
     """Trainings of the two ends of every family; the others have one."""
 
 
-_UNETS = tuple(Size("unet", width) for width in (8, 16, 24, 32, 48))
-_TRANSFORMERS = tuple(Size("microdit", *pair) for pair in ((32, 4), (64, 4), (96, 6), (160, 6)))
+# Eighteenfold in FLOPs, both.
+_UNETS = tuple(Size("unet", width) for width in (8, 12, 16, 24, 36))
+_TRANSFORMERS = tuple(Size("microdit", *pair) for pair in ((32, 4), (64, 4), (96, 6), (144, 6)))
 
 PRESETS = {
     "tiny": Preset(
