@@ -1,6 +1,7 @@
 """The sampling-cost study: a real one of seconds, its search, its analysis and its page."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from shoestring.studies.sampling_analysis import Scale, best_guidance, best_with
 from shoestring.studies.sampling_command import SamplingJob, run_sampling
 from shoestring.studies.sampling_models import given_models
 from shoestring.studies.sampling_recipes import PRESETS, Preset, Size, recipe, trainings
-from shoestring.studies.sampling_report import winners
+from shoestring.studies.sampling_report import winners, write_report
 from shoestring.studies.sampling_rows import Row, append_row, read_rows
 from shoestring.studies.sampling_search import coarse_to_fine, one_valley
 from shoestring.training.loop import train
@@ -112,6 +113,24 @@ def test_a_damaged_row_is_drawn_again_to_the_same_figures(study):
     assert run_sampling(job(out), Console(quiet=True))
     again = read_rows(out / "results.parquet")
     assert str(replace(again[-1], seconds=0.0)) == str(replace(before[-1], seconds=0.0))
+
+
+def test_the_rows_can_be_shared_as_text(study, tmp_path):
+    out, _ = study
+    assert str(read_rows(out / "results.csv")) == str(read_rows(out / "results.parquet"))
+    torn = tmp_path / "torn.csv"
+    torn.write_text((out / "results.csv").read_text()[:-100] + "\n")
+    with pytest.raises(UserError, match="not a results file"):
+        read_rows(torn)
+
+
+def test_a_network_has_one_colour_in_all_charts(study, tmp_path):
+    rows = [row for row in read_rows(study[0] / "results.parquet") if row.family == "unet"]
+    larger = [replace(row, model="unet-9", gflops=2 * row.gflops) for row in rows]
+    page = write_report(tmp_path, [r for r in rows if r.sampler != "ddim"] + larger, "kid", False, "")
+    found = re.findall(r"<li><span style=\"background:(#\w+)\"></span>(unet-\d)</li>", page.read_text())
+    assert len(found) > 2
+    assert len(set(found)) == 2
 
 
 def test_the_page_has_the_figures(study):

@@ -52,7 +52,7 @@ def results_of(path: Path, metric: str) -> list[Row]:
     """Rows of a study; where cells were measured with several numbers of pictures, those with the most.
 
     Args:
-        path: its folder or its results file.
+        path: its folder or its results file (Parquet or CSV).
         metric: that is to be looked at.
 
     Returns:
@@ -67,7 +67,7 @@ def results_of(path: Path, metric: str) -> list[Row]:
     file = path / "results.parquet" if path.is_dir() else path
     if not file.exists():
         raise UserError(
-            f"{file} does not exist; give the folder of a shoestring study sampling, or its results.parquet"
+            f"{file} does not exist; give the folder of a shoestring study sampling, or its results file"
         )
     rows = read_rows(file)
     if not rows:

@@ -16,7 +16,7 @@ from shoestring.studies.sampling_cost import Plan, Study
 from shoestring.studies.sampling_models import Model
 from shoestring.studies.sampling_recipes import PRESETS, Preset
 from shoestring.studies.sampling_report import write_report
-from shoestring.studies.sampling_rows import METRICS
+from shoestring.studies.sampling_rows import METRICS, write_csv
 
 MOST_STEPS = 10_000
 
@@ -88,7 +88,8 @@ def run_sampling(job: SamplingJob, console: Console) -> bool:
     if not any(math.isfinite(getattr(row, job.metric)) for row in rows):
         raise UserError(f"--metric is {job.metric}, and no row of {study.results} has it; choose kid or fd")
     page = write_report(job.out, rows, job.metric, job.count_guidance, about)
-    say(console, f"{len(rows)} rows in {study.results}; tables and figures: {page}")
+    write_csv(study.results.with_suffix(".csv"), rows)
+    say(console, f"{len(rows)} rows in {study.results} and beside it as CSV; tables and figures: {page}")
     return True
 
 

@@ -44,7 +44,7 @@ from shoestring.training.loop import train
 
 SHOWN = 20
 CURVE_SAMPLING = SamplingConfig(sampler="ddim", steps=20, guidance=4.0)
-"""With which checkpoints on the way are measured: quality against training compute. A cell of the usual grid."""
+"""With which checkpoints on the way are measured, for quality against training compute; one of the grid."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import cycle
 from pathlib import Path
@@ -60,8 +60,9 @@ def write_report(folder: Path, rows: Sequence[Row], metric: str, count_guidance:
     for family in dict.fromkeys(row.family for row in final):
         mine = [row for row in final if row.family == family]
         parts.append(f"<h2>{escape(family)}</h2>")
-        parts += _training_curves([row for row in first if row.family == family], metric)
-        parts += _cost_curves(mine, scale, metric)
+        colors = dict(zip(_by_model(mine), cycle(COLORS), strict=False))
+        parts += _training_curves([row for row in first if row.family == family], metric, colors)
+        parts += _cost_curves(mine, scale, metric, colors)
         parts += _guidance_maps(mine, metric)
         parts.append(winners_table(mine, scale, metric))
     parts += _samplers(final, scale, metric)
@@ -102,7 +103,7 @@ def sizes_table(rows: Sequence[Row], scale: Scale, metric: str) -> str:
     return html_table("Networks", head, body)
 
 
-def _training_curves(rows: Sequence[Row], metric: str) -> list[str]:
+def _training_curves(rows: Sequence[Row], metric: str, colors: Mapping[str, str]) -> list[str]:
     """Quality against training compute, from checkpoints that were all sampled alike."""
     kinds: dict[tuple[object, ...], set[int]] = {}
     for row in rows:
@@ -112,8 +113,8 @@ def _training_curves(rows: Sequence[Row], metric: str) -> list[str]:
         return []
     alike = [row for row in rows if (row.sampler, row.steps, row.guidance) == setting]
     lines = [
-        Line(name, [(r.training_gflops, float(getattr(r, metric))) for r in mine], color, dots=True)
-        for (name, mine), color in zip(_by_model(alike).items(), cycle(COLORS), strict=False)
+        Line(name, [(r.training_gflops, float(getattr(r, metric))) for r in mine], colors[name], dots=True)
+        for name, mine in _by_model(alike).items()
     ]
     chart = line_chart(lines, (), "GFLOP of training", NAMES[metric], log_x=True)
     sampler, steps, guidance = setting
@@ -130,7 +131,7 @@ def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _cost_curves(rows: Sequence[Row], scale: Scale, metric: str) -> list[str]:
+def _cost_curves(rows: Sequence[Row], scale: Scale, metric: str, colors: Mapping[str, str]) -> list[str]:
     """Quality against sampling cost, a chart a sampler, a line a network."""
     charts = []
     for sampler in dict.fromkeys(row.sampler for row in rows):
@@ -138,8 +139,10 @@ def _cost_curves(rows: Sequence[Row], scale: Scale, metric: str) -> list[str]:
         if len(best) < 2:
             continue
         lines = [
-            Line(name, [(scale.sampling(r), float(getattr(r, metric))) for r in mine], color, dots=True)
-            for (name, mine), color in zip(_by_model(best).items(), cycle(COLORS), strict=False)
+            Line(
+                name, [(scale.sampling(r), float(getattr(r, metric))) for r in mine], colors[name], dots=True
+            )
+            for name, mine in _by_model(best).items()
         ]
         chart = line_chart(lines, (), "sampling cost", NAMES[metric], log_x=True)
         charts.append(

@@ -1,12 +1,14 @@
-"""The results of the sampling-cost study: one Parquet file, a row a cell."""
+"""The results of the sampling-cost study: one Parquet file, a row a cell, and a CSV file to share."""
 
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 from shoestring.runtime import UserError, atomic_write
@@ -76,11 +78,25 @@ METRICS = {
 """Whether higher is better."""
 
 
+def _table(rows: Sequence[Row]) -> pa.Table:
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write all rows as CSV, which version control can show.
+
+    Args:
+        path: the file, replaced.
+        rows: of a results file.
+    """
+    atomic_write(path, lambda file: pyarrow.csv.write_csv(_table(rows), file))
+
+
 def read_rows(path: Path) -> list[Row]:
     """Read the results of a study.
 
     Args:
-        path: a Parquet file; may not exist.
+        path: a Parquet file, or a CSV file as :func:`write_csv` makes it; may not exist.
 
     Returns:
         Its rows.
@@ -91,8 +107,12 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        records = pq.read_table(path).to_pylist()
-        return [Row(**record) for record in records]
+        if path.suffix == ".csv":
+            types = pyarrow.csv.ConvertOptions(column_types=_SCHEMA, null_values=[])
+            table = pyarrow.csv.read_csv(path, convert_options=types)
+        else:
+            table = pq.read_table(path)
+        return [Row(**record) for record in table.to_pylist()]
     except (pa.ArrowInvalid, OSError, TypeError) as error:
         raise UserError(
             f"{path} is not a results file of shoestring study sampling ({error}); give results.parquet of a "
@@ -114,5 +134,4 @@ def append_row(path: Path, row: Row) -> None:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = [*read_rows(path), row]
-        table = pa.Table.from_pylist([asdict(each) for each in rows], schema=_SCHEMA)
-        atomic_write(path, lambda file: pq.write_table(table, file))
+        atomic_write(path, lambda file: pq.write_table(_table(rows), file))
