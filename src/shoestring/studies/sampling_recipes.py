@@ -149,7 +149,7 @@ def _network(preset: Preset, size: Size, caption_dim: int) -> ModelConfig:
         "condition": preset.condition,
         "classes": preset.classes,
         "caption_dim": caption_dim,
-        # U-Nets see pixels: eight channels cannot pass on the twelve values of a 2 x 2 patch (EXPERIMENTS.md).
+        # U-Nets see pixels: eight channels cannot pass on the twelve values of a patch (EXPERIMENTS.md).
         "patch_size": 1 if size.family == "unet" else 2,
         "mask_captions": True,
     }
