@@ -91,6 +91,7 @@ def test_groups_and_heads_of_narrow_members():
     for channels in (8, 12, 16, 24, 32, 48, 64, 320):
         config = UNetConfig(kind="unet", channels=channels)
         assert channels % config.norm_groups == 0
+        assert channels // config.norm_groups >= (8 if channels < 64 else 2)
         for width in config.widths:
             heads = config.heads_of(width)
             assert width % heads == 0

@@ -204,8 +204,13 @@ class UNetConfig(Frozen):
 
     @property
     def norm_groups(self) -> int:
-        """Groups of every group norm: gcd(32, c), which is 32 for all members of the paper's family."""
-        return math.gcd(32, self.channels)
+        """Groups of every group norm.
+
+        gcd(32, c), which is 32 for all members of the paper's family; for narrower ones of at least eight
+        channels each: a group of one or two loses what its channels are on average, and so the picture's colour.
+        """
+        narrow = self.channels < 64
+        return math.gcd(32, self.channels // 8 if narrow else self.channels)
 
     def heads_of(self, width: int) -> int:
         """Attention heads at a width: the most up to ``heads`` that divide it and are at least 8 wide."""
