@@ -207,7 +207,7 @@ class UNetConfig(Frozen):
         """Groups of every group norm.
 
         gcd(32, c), which is 32 for all members of the paper's family; for narrower ones of at least eight
-        channels each: a group of one or two loses what its channels are on average, and so the picture's colour.
+        channels each: a group of one or two loses what its channels are on average, hence the colour.
         """
         narrow = self.channels < 64
         return math.gcd(32, self.channels // 8 if narrow else self.channels)
