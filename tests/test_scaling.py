@@ -221,6 +221,15 @@ def test_advice_from_a_study_says_how_far_it_reaches(study):
     assert "predicted by its fit" in said
 
 
+def test_a_fit_below_zero_predicts_nothing(tmp_path):
+    for nimg in (1000, 2000, 4000, 8000, 16000):
+        kid = -0.5 + 2.0 * nimg**-0.1
+        append_row(tmp_path / "results.parquet", row("small", 1.0, nimg, 20, kid))
+    said = shoestring(f"advise --budget 100 --study {tmp_path}")
+    assert "falls below zero" in said
+    assert "predicted by its fit" not in said
+
+
 def test_cells_with_fewer_pictures_are_left_out(study):
     from dataclasses import replace
 

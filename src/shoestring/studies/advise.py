@@ -129,9 +129,12 @@ def _predicted(rows: Sequence[Row], metric: str, size: str, compute: float) -> s
         return ""
     if fit is None:
         return ""
+    beyond = f"{fit.extrapolates(compute):,.1f} times beyond the points"
+    if fit.law.at(compute) < 0:  # neither KID nor FD can be
+        return f"its fit falls below zero {beyond}, and predicts nothing there; "
     low, high = fit.interval_at(compute)
     return (
-        f"predicted by its fit, {fit.extrapolates(compute):,.1f} times beyond the points: {metric.upper()} "
+        f"predicted by its fit, {beyond}: {metric.upper()} "
         f"{fit.law.at(compute):.3g} ({low:.3g} to {high:.3g}) if {size} were trained for the whole budget; "
     )
 

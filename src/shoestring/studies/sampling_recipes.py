@@ -1,7 +1,7 @@
 """What is trained for the sampling-cost study: a family of U-Nets and one of transformers, on the same data.
 
-All share data, images, batch, process and averages; sizes differ in width (transformers also in depth), as
-the paper. Transformers have one learning rate, as in the paper; that of U-Nets falls with width.
+All share data, images, batch, process and averages; sizes differ in width, transformers also in depth.
+Transformers have one learning rate, as all networks of the paper; that of U-Nets falls with their width.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def _settings(row: Row) -> str:
 
 def sizes_table(rows: Sequence[Row], scale: Scale, metric: str) -> str:
     """A row a network: its size, its costs, and the best that it was seen to do."""
-    spread, body = spread_of_seeds(rows, metric), []
     final = at_the_end(rows)
+    spread, body = spread_of_seeds(final, metric), []
     for name in dict.fromkeys(row.model for row in sorted(final, key=lambda r: (r.family, r.gflops))):
         mine = [row for row in final if row.model == name]
         best = min((row for row in mine if row.seed == 0), key=better(metric), default=mine[0])
