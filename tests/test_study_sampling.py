@@ -343,5 +343,14 @@ def test_whole_sets_agree_with_the_mean_over_subsets():
 def test_the_recipes_of_a_study_differ_in_size_and_seed_only():
     found = [recipe(PRESETS["cifar10"], t, "x", 640) for t in trainings(PRESETS["cifar10"])]
     assert len({config.name for config in found}) == len(found) == 13
-    shared = {(c.stages, c.process, c.optimizer, c.data, c.precision) for c in found}
+    stages = [config.stages[0].model_copy(update={"lr": 0.0}) for config in found]
+    shared = {(s, c.process, c.optimizer, c.data, c.precision) for s, c in zip(stages, found, strict=True)}
     assert len(shared) == 1
+
+
+def test_transformers_of_a_study_have_one_learning_rate_and_wide_u_nets_a_lower_one():
+    found = [recipe(PRESETS["cifar10"], t, "x", 640) for t in trainings(PRESETS["cifar10"])]
+    assert len({c.stages[0].lr for c in found if c.model.kind != "unet"}) == 1
+    by_width = {c.model.channels: c.stages[0].lr for c in found if c.model.kind == "unet"}
+    assert by_width[8] == by_width[16] == 2e-3
+    assert by_width[40] == pytest.approx(2e-3 * 16 / 40)
