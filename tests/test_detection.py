@@ -118,7 +118,10 @@ def clip_folder(folder: Path) -> Path:
     (folder / "merges.txt").write_text("#version: 0.2\n")
     transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
     config = transformers.CLIPConfig(
-        text_config=common | {"vocab_size": len(words), "max_position_embeddings": 64, "projection_dim": 12},
+        # a text is known by what stands at its end, so the network must know the mark of the end
+        text_config=common
+        | {"vocab_size": len(words), "max_position_embeddings": 64, "projection_dim": 12}
+        | {"bos_token_id": 0, "eos_token_id": 1},
         vision_config=common | {"image_size": 32, "patch_size": 16, "projection_dim": 12},
         projection_dim=12,
     )
