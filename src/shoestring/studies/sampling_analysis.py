@@ -21,6 +21,11 @@ class Scale:
         """That of a study."""
         return Scale(max(row.gflops for row in rows), count_guidance)
 
+    @property
+    def axis(self) -> str:
+        """Title of an axis of sampling costs."""
+        return f"sampling cost, guidance's second pass {'counted' if self.count_guidance else 'not counted'}"
+
     def evaluation(self, row: Row) -> float:
         """Cost of one network evaluation."""
         return row.gflops / self.gflops
@@ -38,9 +43,28 @@ def better(metric: str) -> Callable[[Row], float]:
 
 
 def most_samples(rows: Sequence[Row]) -> list[Row]:
-    """Where cells were measured with several numbers of pictures, those with the most: FD depends on it."""
-    most = max((row.samples for row in rows), default=0)
-    return [row for row in rows if row.samples == most]
+    """Of cells that were measured with several numbers of pictures, the rows with the most.
+
+    Args:
+        rows: of a study.
+
+    Returns:
+        One of every cell, in the order in which the cells first come.
+    """
+    found: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        cell = row.model, row.seed, row.nimg, row.digest, row.sampler, row.steps, row.guidance
+        if cell not in found or row.samples > found[cell].samples:
+            found[cell] = row
+    return list(found.values())
+
+
+def first_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Rows of every network's first training: that of the least seed."""
+    least: dict[str, int] = {}
+    for row in rows:
+        least[row.model] = min(least.get(row.model, row.seed), row.seed)
+    return [row for row in rows if row.seed == least[row.model]]
 
 
 def at_the_end(rows: Sequence[Row]) -> list[Row]:
@@ -71,6 +95,25 @@ def best_guidance(rows: Sequence[Row], metric: str) -> list[Row]:
     return [min(group, key=better(metric)) for group in groups.values()]
 
 
+def best_at_costs(rows: Sequence[Row], scale: Scale, metric: str) -> list[Row]:
+    """The best of every network, sampler, number of steps and cost, rising in cost.
+
+    Where guidance's second pass is counted, scale 1 costs half of the others, and both stay.
+
+    Args:
+        rows: of final checkpoints.
+        scale: of costs.
+        metric: which decides.
+
+    Returns:
+        All that a curve over cost has to show.
+    """
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in sorted(rows, key=scale.sampling):
+        groups.setdefault((row.model, row.seed, row.sampler, row.steps, scale.sampling(row)), []).append(row)
+    return [min(group, key=better(metric)) for group in groups.values()]
+
+
 def front(rows: Sequence[Row], scale: Scale, metric: str) -> list[Row]:
     """Rows that no cheaper or equally dear one beats: the Pareto front, the cheapest first."""
     found: list[Row] = []
@@ -90,7 +133,7 @@ def budgets(rows: Sequence[Row], scale: Scale, count: int = 10) -> list[float]:
     """Costs at which networks are compared: evenly on the logarithmic axis, each affordable to two or more.
 
     Args:
-        rows: with their best guidance.
+        rows: of final checkpoints.
         scale: of costs.
         count: how many at most.
 
