@@ -2,9 +2,12 @@
 
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -17,8 +20,17 @@ from shoestring.config import SuperResConfig, apply_overrides
 from shoestring.evaluation.distances import KernelReference, kernel_distance
 from shoestring.models.files import find_model, read_header, save_model
 from shoestring.runtime import TrainingFailed, UserError
-from shoestring.studies import sampling_command, sampling_cost, sampling_pictures
-from shoestring.studies.sampling_analysis import Scale, best_guidance, best_within, budgets, front
+from shoestring.studies import sampling_command, sampling_cost, sampling_pictures, sampling_recipes
+from shoestring.studies.sampling_analysis import (
+    Scale,
+    best_at_costs,
+    best_guidance,
+    best_within,
+    budgets,
+    first_seeds,
+    front,
+    most_samples,
+)
 from shoestring.studies.sampling_command import SamplingJob, run_sampling
 from shoestring.studies.sampling_models import given_models
 from shoestring.studies.sampling_recipes import PRESETS, Preset, Size, recipe, trainings
@@ -209,6 +221,14 @@ def test_networks_of_different_data_are_refused_unless_told(study, tmp_path):
     models = (out / "models" / "unet-8-s0", tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"was trained on other data than .*--any-data"):
         run_sampling(job(tmp_path / "c", models=models), Console(quiet=True))
+    one_by_one = [
+        job(tmp_path / "d", models=(path,), samplers=("ddim",), steps=(1,), guidance=(1.5,))
+        for path in models
+    ]
+    assert run_sampling(one_by_one[0], Console(quiet=True))
+    with pytest.raises(UserError, match=r"holds a study with data=.*0\.2.* or give --any-data"):
+        run_sampling(one_by_one[1], Console(quiet=True))
+    assert run_sampling(replace(one_by_one[1], any_data=True), Console(quiet=True))
     with pytest.raises(UserError, match="has the name unet-8-s0, seed 0 and 64 images seen too"):
         run_sampling(job(tmp_path / "c", models=(models[0],) * 3), Console(quiet=True))
 
@@ -241,6 +261,32 @@ def test_a_study_goes_on_only_with_its_own_trainings(study, monkeypatch):
         run_sampling(job(out), Console(quiet=True))
 
 
+def test_networks_of_another_recipe_are_not_taken_for_its_own(study, monkeypatch):
+    out, _ = study
+    monkeypatch.setattr(sampling_recipes, "UNET_LR", 1e-3)
+    with pytest.raises(
+        UserError, match=r"models/unet-8-s0 holds a run with other settings: stages\.0\.lr from"
+    ):
+        run_sampling(job(out), Console(quiet=True))
+
+
+def test_a_page_drawn_anew_shows_what_is_asked_for(study, tmp_path):
+    out, _ = study
+    for name in ("results.parquet", "study.json"):
+        shutil.copy(out / name, tmp_path)
+    again = job(tmp_path, report_only=True, only=("unet",), samplers=("dpmpp-3m",), steps=(2,))
+    assert run_sampling(again, Console(quiet=True))
+    page = (tmp_path / "report.html").read_text()
+    assert "unet-8" in page
+    assert "microdit-32" not in page
+    assert "ddim" not in page
+    assert len(read_rows(tmp_path / "results.csv")) == len(read_rows(tmp_path / "results.parquet"))
+    with pytest.raises(UserError, match="has no row of the networks, samplers, steps"):
+        run_sampling(replace(again, steps=(7,)), Console(quiet=True))
+    with pytest.raises(UserError, match="does not exist; run the study first"):
+        run_sampling(replace(again, out=tmp_path / "none"), Console(quiet=True))
+
+
 def test_the_command_takes_its_options(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(sampling_command, "run_sampling", lambda given, console: seen.append(given) or True)
@@ -254,6 +300,22 @@ def test_results_that_are_none_are_a_sentence(tmp_path):
     (tmp_path / "results.parquet").write_text("nonsense")
     with pytest.raises(UserError, match="is not a results file of shoestring study sampling"):
         read_rows(tmp_path / "results.parquet")
+
+
+def test_rows_without_values_are_a_sentence(study, tmp_path):
+    table = pq.read_table(study[0] / "results.parquet")
+    path, place = tmp_path / "results.parquet", table.column_names.index("gflops")
+    for values, sentence in (
+        ([None] * len(table), "column gflops has cells without a value"),
+        (["much"] * len(table), "is not a results file"),
+        ([0.0] * len(table), "column gflops has 0; it must be above 0"),
+    ):
+        pq.write_table(table.set_column(place, "gflops", pa.array(values)), path)
+        with pytest.raises(UserError, match=sentence):
+            read_rows(path)
+    pq.write_table(table.append_column("more", table["kid"]), path)
+    with pytest.raises(UserError, match="is not a results file"):
+        read_rows(path)
 
 
 # -- the search -------------------------------------------------------------------------------------------
@@ -317,6 +379,35 @@ def test_best_guidance_front_and_winners_at_a_cost():
     assert costs[-1] == 20.0
     found = winners(ROWS, scale, "kid")
     assert (found[0][1].model, found[0][2].model, found[-1][1].model) == ("small", "large", "large")
+
+
+def test_where_guidance_costs_a_picture_without_it_can_win():
+    rows = [*ROWS, row("large", 10.0, 4, 1.0, 0.6)]
+    scale = Scale.of(rows, True)
+    assert [r.guidance for r in best_guidance(rows, "kid") if r.model == "large"] == [2.0, 2.0]
+    found = winners(rows, scale, "kid")
+    assert (found[0][0], found[0][1].model) == (4.0, "small")
+    assert (found[0][2].model, found[0][2].guidance) == ("large", 1.0)  # half as dear as with guidance
+    shown = [(r.steps, r.guidance) for r in best_at_costs(rows, scale, "kid") if r.model == "large"]
+    assert shown == [(4, 1.0), (4, 2.0), (20, 2.0)]
+    assert len(best_at_costs(rows, Scale.of(rows, False), "kid")) == len(best_guidance(rows, "kid"))
+
+
+def test_a_cell_with_more_pictures_takes_the_place_of_its_own_only():
+    more = replace(ROWS[0], samples=500, kid=0.95)
+    assert most_samples([*ROWS, more]) == [more, *ROWS[1:]]
+    anew = replace(ROWS[0], digest="other", kid=0.5)  # trained again: rows of the old weights are of no use
+    assert most_samples([*ROWS, anew]) == [*ROWS[3:], anew]
+
+
+def test_networks_without_seed_0_are_shown_too(tmp_path):
+    rows = [replace(r, seed=3) if r.model == "large" else r for r in ROWS]
+    assert first_seeds([*rows, replace(ROWS[3], seed=4)]) == rows
+    page = write_report(tmp_path, rows, "kid", False, "").read_text()
+    assert re.search(r"<li><span[^>]*></span>large</li>", page)
+    assert "at a sampling cost of at most" in page
+    without = [replace(r, guidance=0.0) for r in ROWS]  # a map of scales that are all 0
+    assert "Best guidance" in write_report(tmp_path, without, "kid", False, "").read_text()
 
 
 # -- the kernel distance of whole sets --------------------------------------------------------------------

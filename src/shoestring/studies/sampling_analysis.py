@@ -43,18 +43,21 @@ def better(metric: str) -> Callable[[Row], float]:
 
 
 def most_samples(rows: Sequence[Row]) -> list[Row]:
-    """Of cells that were measured with several numbers of pictures, the rows with the most.
+    """One row a cell: that of the newest weights, and of these with the most pictures.
 
     Args:
-        rows: of a study.
+        rows: of a study, as they were written.
 
     Returns:
-        One of every cell, in the order in which the cells first come.
+        In the order in which the cells first come.
     """
+    newest = {(row.model, row.seed, row.nimg): row.digest for row in rows}
     found: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        cell = row.model, row.seed, row.nimg, row.digest, row.sampler, row.steps, row.guidance
-        if cell not in found or row.samples > found[cell].samples:
+        weights = row.model, row.seed, row.nimg
+        cell = *weights, row.sampler, row.steps, row.guidance
+        current = row.digest == newest[weights]
+        if current and (cell not in found or row.samples > found[cell].samples):
             found[cell] = row
     return list(found.values())
 

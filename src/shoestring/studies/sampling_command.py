@@ -16,7 +16,8 @@ from shoestring.studies.sampling_cost import Plan, Study
 from shoestring.studies.sampling_models import Model
 from shoestring.studies.sampling_recipes import PRESETS, Preset
 from shoestring.studies.sampling_report import write_report
-from shoestring.studies.sampling_rows import METRICS, write_csv
+from shoestring.studies.sampling_rows import METRICS, Row, write_csv
+from shoestring.studies.token_rows import read_json
 
 MOST_STEPS = 10_000
 
@@ -68,29 +69,55 @@ def run_sampling(job: SamplingJob, console: Console) -> bool:
         full=job.full,
     )
     study = Study(preset, plan, job.out, job.data, job.models, job.any_data, console)
-    study.models = _chosen(study.models, job.only)
     if not job.report_only:
+        study.models = _chosen(study.models, job.only)
         study.check_same()
         _ = study.pictures.extractor  # a missing package shows now, and not after the first training
         if not study.run(job.train_only):
             return False
-    rows = most_samples(study.rows())
-    if not rows:
+    every = most_samples(study.rows())
+    if not every:
+        if job.report_only:
+            raise UserError(f"{study.results} does not exist; run the study first, without --report-only")
         say(console, f"{study.results} has no rows yet, so there is nothing to draw")
         return True
-    trained = max(row.nimg for row in rows)
-    about = (
-        f"{len({(row.model, row.seed) for row in rows})} trainings of up to {trained:,} images, "
-        f"{rows[0].samples:,} pictures a cell. Measured here."
-    )
-    if preset.name == "tiny" and not job.models:
-        about += " So few images show how the study runs, no more."
-    if not any(math.isfinite(getattr(row, job.metric)) for row in rows):
+    write_csv(study.results.with_suffix(".csv"), every)
+    rows = [row for row in every if math.isfinite(getattr(row, job.metric))]
+    if not rows:
         raise UserError(f"--metric is {job.metric}, and no row of {study.results} has it; choose kid or fd")
-    page = write_report(job.out, rows, job.metric, job.count_guidance, about)
-    write_csv(study.results.with_suffix(".csv"), rows)
-    say(console, f"{len(rows)} rows in {study.results} and beside it as CSV; tables and figures: {page}")
+    rows = [row for row in rows if not job.report_only or _asked_for(row, job)]
+    if not rows:
+        raise UserError(
+            f"{study.results} has no row of the networks, samplers, steps and scales of guidance that were "
+            "asked for; leave out --only, --sampler, --steps or --guidance"
+        )
+    page = write_report(job.out, rows, job.metric, job.count_guidance, _about(job.out, rows))
+    say(console, f"{len(every)} rows in {study.results} and beside it as CSV; tables and figures: {page}")
     return True
+
+
+def _asked_for(row: Row, job: SamplingJob) -> bool:
+    """Whether a page that is only drawn anew shall show a row."""
+    return (
+        (not job.only or row.model in job.only or row.family in job.only)
+        and (not job.samplers or row.sampler in job.samplers)
+        and (not job.steps or row.steps in job.steps)
+        and (not job.guidance or row.guidance in job.guidance)
+    )
+
+
+def _about(folder: Path, rows: Sequence[Row]) -> str:
+    """What was run, for the head of the page."""
+    fewest, most = min(row.samples for row in rows), max(row.samples for row in rows)
+    about = (
+        f"{len({(row.model, row.seed) for row in rows})} trainings of up to {max(r.nimg for r in rows):,} "
+        f"images, {most:,} pictures a cell. Measured here."
+    )
+    if fewest < most:
+        about += f" Some cells have only {fewest:,}: FD falls with the number, KID does not."
+    if read_json(folder / "study.json").get("name") == "tiny":
+        about += " So few images show how the study runs, no more."
+    return about
 
 
 def _check(job: SamplingJob, preset: Preset) -> None:

@@ -31,7 +31,7 @@ from shoestring.sampling.generate import (
     save_png,
 )
 from shoestring.sampling.samplers import SAMPLERS, lowered_order
-from shoestring.studies.sampling_models import Model, given_models, trained_flops
+from shoestring.studies.sampling_models import Model, given_data, given_models, trained_flops
 from shoestring.studies.sampling_pictures import Pictures
 from shoestring.studies.sampling_recipes import MEASURED, Preset, Training, recipe, trainings
 from shoestring.studies.sampling_rows import METRICS, Row, append_row, read_rows
@@ -39,7 +39,7 @@ from shoestring.studies.sampling_search import coarse_to_fine
 from shoestring.studies.token_recipes import parameters
 from shoestring.studies.token_rows import read_json
 from shoestring.training.display import duration
-from shoestring.training.folder import Busy, checkpoint_folders, locked
+from shoestring.training.folder import Busy, check_same_run, checkpoint_folders, locked
 from shoestring.training.loop import train
 
 SHOWN = 20
@@ -70,7 +70,7 @@ class Study:
         folder: holds everything.
         data_path: pictures, for presets that need them.
         models: given networks; empty = those of the preset are trained.
-        any_data: allow given networks that were trained on different data.
+        any_data: allow given networks that were trained on different data, in this command and before.
         console: where a person reads.
 
     Raises:
@@ -88,7 +88,7 @@ class Study:
         console: Console,
     ) -> None:
         self.preset, self.plan, self.folder, self.data_path = preset, plan, folder, data_path
-        self.console = console
+        self.console, self.any_data = console, any_data
         self.pictures = Pictures(folder, plan.samples, console)
         self.models = [
             Model(t.size.name, t.size.family, t.seed, folder / "models" / t.key, t) for t in trainings(preset)
@@ -113,6 +113,8 @@ class Study:
         """
         given = any(model.training is None for model in self.models)
         settings: dict[str, object] = {"given": True} if given else asdict(self.preset)
+        if given and not self.any_data:  # all the same within a command
+            settings["data"] = given_data(self.models[0].folder)
         for measured in ("samplers", "steps", "guidance", "samples", "sizes", "seeds"):  # may grow
             settings.pop(measured, None)
         path = self.folder / "study.json"
@@ -120,11 +122,14 @@ class Study:
         if not before:
             write_text(path, json.dumps(settings, indent=1) + "\n")
             return
+        if given and self.any_data:
+            before.pop("data", None)
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != json.loads(json.dumps(settings.get(key))):
+                told = " or give --any-data" if key == "data" and given else " or delete that one"
                 raise UserError(
                     f"{self.folder} holds a study with {key}={before.get(key)!r}, this one has "
-                    f"{settings.get(key)!r}; choose another folder with --out, or delete that one"
+                    f"{settings.get(key)!r}; choose another folder with --out,{told}"
                 )
 
     # -- running -------------------------------------------------------------------------------------------
@@ -159,6 +164,7 @@ class Study:
         config = self.config(model.training)
         done = [int(folder.name) for folder in checkpoint_folders(model.folder)]
         if done and max(done) >= config.nimg:
+            check_same_run(model.folder, config)
             return True
         try:
             return train(config, model.folder, self.console)

@@ -45,6 +45,12 @@ def data_of(config: RunConfig) -> tuple[object, ...]:
     return data.source, data.path, stores, data.codec, data.split, data.held_out
 
 
+def given_data(path: Path) -> tuple[object, ...]:
+    """What the data of a run folder, checkpoint folder or model file are, and their side in pixels."""
+    header = read_header(find_model(path))
+    return (*data_of(header.config), header.facts.resolution)
+
+
 def given_models(paths: Sequence[Path], any_data: bool, steps: int) -> list[Model]:
     """Networks from checkpoints.
 
@@ -63,8 +69,7 @@ def given_models(paths: Sequence[Path], any_data: bool, steps: int) -> list[Mode
     first: tuple[Path, tuple[object, ...]] | None = None
     for path in paths:
         header = read_header(find_model(path))
-        config, side = header.config, header.facts.resolution
-        here = (*data_of(config), side)
+        config, here = header.config, given_data(path)
         build_process(config.process, header.facts.sigma_data).grid(SamplingConfig(), steps)  # may refuse
         if first is not None and here != first[1] and not any_data:
             changed = next((a, b) for a, b in zip(first[1], here, strict=True) if a != b)

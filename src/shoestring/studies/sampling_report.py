@@ -17,10 +17,12 @@ from shoestring.studies.report_template import PAGE
 from shoestring.studies.sampling_analysis import (
     Scale,
     at_the_end,
+    best_at_costs,
     best_guidance,
     best_within,
     better,
     budgets,
+    first_seeds,
     front,
     spread_of_seeds,
 )
@@ -45,16 +47,16 @@ def write_report(folder: Path, rows: Sequence[Row], metric: str, count_guidance:
         Path of the page.
     """
     scale = Scale.of(rows, count_guidance)
-    first = [row for row in rows if row.seed == 0] or list(rows)
+    first = first_seeds(rows)
     final = at_the_end(first)
-    counted = "counted" if count_guidance else "not counted"
     largest = max(rows, key=lambda row: row.gflops)
+    counted = "counted" if count_guidance else "not counted: a picture with guidance takes twice as many"
     parts = [
         f'<p class="lead">{escape(about)}</p>',
         f"<p>Sampling cost = normalised cost of a network evaluation x evaluations; one evaluation of "
         f"{escape(largest.model)} ({largest.gflops:.3g} GFLOP) costs 1. Guidance's second pass is {counted}. "
         f"The best guidance is chosen by {NAMES[metric]} on the same pictures it is judged by. Charts show "
-        "the first seed.</p>",
+        "the first training of every network.</p>",
         sizes_table(rows, scale, metric),
     ]
     for family in dict.fromkeys(row.family for row in final):
@@ -85,7 +87,7 @@ def sizes_table(rows: Sequence[Row], scale: Scale, metric: str) -> str:
     spread, body = spread_of_seeds(final, metric), []
     for name in dict.fromkeys(row.model for row in sorted(final, key=lambda r: (r.family, r.gflops))):
         mine = [row for row in final if row.model == name]
-        best = min((row for row in mine if row.seed == 0), key=better(metric), default=mine[0])
+        best = min(first_seeds(mine), key=better(metric))
         error = f" +- {best.kid_error:.2g}" if metric == "kid" else ""
         cells = [
             name,
@@ -135,16 +137,19 @@ def _cost_curves(rows: Sequence[Row], scale: Scale, metric: str, colors: Mapping
     """Quality against sampling cost, a chart a sampler, a line a network."""
     charts = []
     for sampler in dict.fromkeys(row.sampler for row in rows):
-        best = best_guidance([row for row in rows if row.sampler == sampler], metric)
+        best = best_at_costs([row for row in rows if row.sampler == sampler], scale, metric)
         if len(best) < 2:
             continue
         lines = [
             Line(
-                name, [(scale.sampling(r), float(getattr(r, metric))) for r in mine], colors[name], dots=True
+                name,
+                sorted((scale.sampling(r), float(getattr(r, metric))) for r in mine),
+                colors[name],
+                dots=True,
             )
             for name, mine in _by_model(best).items()
         ]
-        chart = line_chart(lines, (), "sampling cost", NAMES[metric], log_x=True)
+        chart = line_chart(lines, (), scale.axis, NAMES[metric], log_x=True)
         charts.append(
             f'<div class="card"><h3>Quality against sampling cost: {escape(sampler)}</h3>{chart}</div>'
         )
@@ -158,7 +163,7 @@ def _guidance_maps(rows: Sequence[Row], metric: str) -> list[str]:
         best = best_guidance([row for row in rows if row.sampler == sampler], metric)
         steps = sorted({row.steps for row in best})
         found = {(row.model, row.steps): row.guidance for row in best}
-        high = max(found.values())
+        high = max(found.values()) or 1.0
         body = []
         for name in _by_model(best):
             cells = [f"<th>{escape(name)}</th>"]
@@ -174,13 +179,12 @@ def _guidance_maps(rows: Sequence[Row], metric: str) -> list[str]:
 
 def winners(rows: Sequence[Row], scale: Scale, metric: str) -> list[tuple[float, Row, Row | None]]:
     """At each cost the best row of any network, and that of the largest network that can be afforded."""
-    best = best_guidance(rows, metric)
     found = []
-    for cost in budgets(best, scale):
-        winner = best_within(best, scale, metric, cost)
+    for cost in budgets(rows, scale):
+        winner = best_within(rows, scale, metric, cost)
         if winner is None:  # a cost that was rounded down
             continue
-        affordable = [row for row in best if scale.sampling(row) <= cost * (1 + 1e-9)]
+        affordable = [row for row in rows if scale.sampling(row) <= cost * (1 + 1e-9)]
         largest = max(row.gflops for row in affordable)
         rival = best_within([row for row in affordable if row.gflops == largest], scale, metric, cost)
         found.append((cost, winner, rival))
@@ -219,7 +223,7 @@ def _samplers(rows: Sequence[Row], scale: Scale, metric: str) -> list[str]:
             for name, color in zip(names, COLORS, strict=False)
         ]
         if len(lines) > 1:
-            chart = line_chart(lines, (), "sampling cost", NAMES[metric], log_x=True)
+            chart = line_chart(lines, (), scale.axis, NAMES[metric], log_x=True)
             charts.append(f'<div class="card"><h3>{escape(family)}</h3>{chart}</div>')
     if not charts:
         return []
@@ -243,7 +247,7 @@ def _families(rows: Sequence[Row], scale: Scale, metric: str) -> list[str]:
         )
         for family, color in zip(families, COLORS, strict=False)
     ]
-    chart = line_chart(lines, (), "sampling cost", NAMES[metric], log_x=True)
+    chart = line_chart(lines, (), scale.axis, NAMES[metric], log_x=True)
     return [f'<h2>Families: the front over all sizes and samplers</h2><div class="card">{chart}</div>']
 
 
@@ -251,30 +255,32 @@ def _pictures(folder: Path, rows: Sequence[Row], scale: Scale, metric: str) -> l
     """Grids of every network at some equal costs, each at its best setting."""
     parts = []
     for family in dict.fromkeys(row.family for row in rows):
-        best = best_guidance([row for row in rows if row.family == family], metric)
-        costs = budgets(best, scale)
+        mine = [row for row in rows if row.family == family]
+        costs = budgets(mine, scale)
         chosen = sorted(
             {costs[round(i * (len(costs) - 1) / SHOWN_BUDGETS)] for i in range(1, SHOWN_BUDGETS)}
             if costs
             else ()
         )
         for cost in chosen:
-            parts.append(f"<h2>{escape(family)}: pictures at sampling cost {cost:g}, the same noise</h2>")
-            for name, mine in _by_model(best).items():
-                row = best_within(mine, scale, metric, cost)
+            title = f"{family}: pictures at a sampling cost of at most {cost:g}, the same noise"
+            parts.append(f"<h2>{escape(title)}</h2>")
+            for of_one in _by_model(mine).values():
+                row = best_within(of_one, scale, metric, cost)
                 if row is not None:
-                    parts.append(_figure(folder, name, row, metric))
+                    parts.append(_figure(folder, row, scale, metric))
     return parts
 
 
-def _figure(folder: Path, name: str, row: Row, metric: str) -> str:
+def _figure(folder: Path, row: Row, scale: Scale, metric: str) -> str:
     file = f"{row.model}-s{row.seed}-{row.nimg}-{row.sampler}-{row.steps}-{row.guidance:g}.png"
     path = folder / "grids" / file
     if not path.is_file():
         return ""
     with Image.open(path) as picture:
         source, width, _ = embedded(picture)
-    caption = f"{name}: {_settings(row)}, {NAMES[metric]} {short(float(getattr(row, metric)))}"
+    quality = f"{NAMES[metric]} {short(float(getattr(row, metric)))}"
+    caption = f"{row.model}: {_settings(row)}, cost {scale.sampling(row):.3g}, {quality}"
     return (
         f'<figure class="frame" style="--w:{2 * width}px"><img class="pixels" alt="" src="{source}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -291,4 +297,7 @@ def markdown(rows: Sequence[Row], scale: Scale, metric: str) -> str:
         cells += [f"{getattr(row, metric):.4f}", error, f"{row.fd:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     better_is = "higher" if METRICS[metric] else "lower"
-    return "\n".join(lines) + f"\n\n{NAMES[metric]}: {better_is} is better. Measured here.\n"
+    counted = "counted" if scale.count_guidance else "not counted"
+    return "\n".join(lines) + (
+        f"\n\n{NAMES[metric]}: {better_is} is better. Guidance's second pass is {counted}. Measured here.\n"
+    )

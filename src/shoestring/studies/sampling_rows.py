@@ -108,16 +108,25 @@ def read_rows(path: Path) -> list[Row]:
         return []
     try:
         if path.suffix == ".csv":
-            types = pyarrow.csv.ConvertOptions(column_types=_SCHEMA, null_values=[])
-            table = pyarrow.csv.read_csv(path, convert_options=types)
+            options = pyarrow.csv.ConvertOptions(column_types=_SCHEMA, null_values=[])
+            table = pyarrow.csv.read_csv(path, convert_options=options)
         else:
             table = pq.read_table(path)
-        return [Row(**record) for record in table.to_pylist()]
-    except (pa.ArrowInvalid, OSError, TypeError) as error:
+        types = pa.schema([_SCHEMA.field(name) for name in table.column_names])
+        rows = [Row(**record) for record in table.cast(types).to_pylist()]
+    except (pa.ArrowException, OSError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} is not a results file of shoestring study sampling ({error}); give results.parquet of a "
             "study's folder, or delete it to begin anew"
         ) from error
+    for name in table.column_names:
+        if table[name].null_count:
+            raise UserError(f"{path}: column {name} has cells without a value; every row needs one")
+    for name in ("gflops", "evaluations", "samples"):
+        least = min((getattr(row, name) for row in rows), default=1)
+        if not least > 0:
+            raise UserError(f"{path}: column {name} has {least:g}; it must be above 0 in every row")
+    return rows
 
 
 def append_row(path: Path, row: Row) -> None:
