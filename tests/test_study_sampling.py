@@ -29,6 +29,7 @@ from shoestring.studies.sampling_analysis import (
     budgets,
     first_seeds,
     front,
+    guidance_shown,
     most_samples,
 )
 from shoestring.studies.sampling_command import SamplingJob, run_sampling
@@ -391,6 +392,12 @@ def test_where_guidance_costs_a_picture_without_it_can_win():
     shown = [(r.steps, r.guidance) for r in best_at_costs(rows, scale, "kid") if r.model == "large"]
     assert shown == [(4, 1.0), (4, 2.0), (20, 2.0)]
     assert len(best_at_costs(rows, Scale.of(rows, False), "kid")) == len(best_guidance(rows, "kid"))
+
+
+def test_a_best_scale_at_the_edge_of_those_tried_is_marked():
+    shown = [guidance_shown(best, ROWS) for best in best_guidance(ROWS, "kid")]
+    assert shown == ["3+", "2", "2", "2"]  # of one scale nothing is known
+    assert guidance_shown(ROWS[0], ROWS) == "2"
 
 
 def test_a_cell_with_more_pictures_takes_the_place_of_its_own_only():

@@ -98,6 +98,21 @@ def best_guidance(rows: Sequence[Row], metric: str) -> list[Row]:
     return [min(group, key=better(metric)) for group in groups.values()]
 
 
+def guidance_shown(best: Row, rows: Sequence[Row]) -> str:
+    """The best scale of guidance as a table shows it: 8+ where it is the largest that was tried.
+
+    Args:
+        best: a row with the best guidance of its setting.
+        rows: that it was chosen from.
+
+    Returns:
+        The scale; with a plus, a larger one may be better.
+    """
+    setting = best.model, best.seed, best.sampler, best.steps
+    tried = {row.guidance for row in rows if (row.model, row.seed, row.sampler, row.steps) == setting}
+    return f"{best.guidance:g}" + ("+" if len(tried) > 1 and best.guidance == max(tried) else "")
+
+
 def best_at_costs(rows: Sequence[Row], scale: Scale, metric: str) -> list[Row]:
     """The best of every network, sampler, number of steps and cost, rising in cost.
 

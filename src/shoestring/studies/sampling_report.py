@@ -24,6 +24,7 @@ from shoestring.studies.sampling_analysis import (
     budgets,
     first_seeds,
     front,
+    guidance_shown,
     spread_of_seeds,
 )
 from shoestring.studies.sampling_rows import METRICS, Row
@@ -162,18 +163,22 @@ def _guidance_maps(rows: Sequence[Row], metric: str) -> list[str]:
     for sampler in dict.fromkeys(row.sampler for row in rows):
         best = best_guidance([row for row in rows if row.sampler == sampler], metric)
         steps = sorted({row.steps for row in best})
-        found = {(row.model, row.steps): row.guidance for row in best}
-        high = max(found.values()) or 1.0
+        found = {(row.model, row.steps): row for row in best}
+        high = max(row.guidance for row in best) or 1.0
         body = []
         for name in _by_model(best):
             cells = [f"<th>{escape(name)}</th>"]
             for count in steps:
-                value = found.get((name, count))
-                style = "" if value is None else f"background: rgba({HEAT}, {0.05 + 0.5 * value / high:.2f})"
-                cells.append(f'<td style="{style}">{"" if value is None else f"{value:g}"}</td>')
+                row = found.get((name, count))
+                if row is None:
+                    cells.append("<td></td>")
+                    continue
+                shade = f"background: rgba({HEAT}, {0.05 + 0.5 * row.guidance / high:.2f})"
+                cells.append(f'<td style="{shade}">{guidance_shown(row, rows)}</td>')
             body.append(f"<tr>{''.join(cells)}</tr>")
         head = ["network", *(f"{count} steps" for count in steps)]
-        tables.append(html_table(f"Best guidance, {escape(sampler)}", head, body))
+        title = f"Best guidance, {escape(sampler)} (+: the largest that was tried)"
+        tables.append(html_table(title, head, body))
     return tables
 
 
@@ -293,11 +298,18 @@ def markdown(rows: Sequence[Row], scale: Scale, metric: str) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in best_guidance(rows, metric):
         error = f"{row.kid_error:.4f}" if metric == "kid" and math.isfinite(row.kid_error) else ""
-        cells = [row.model, row.sampler, str(row.steps), f"{scale.sampling(row):.3g}", f"{row.guidance:g}"]
+        cells = [
+            row.model,
+            row.sampler,
+            str(row.steps),
+            f"{scale.sampling(row):.3g}",
+            guidance_shown(row, rows),
+        ]
         cells += [f"{getattr(row, metric):.4f}", error, f"{row.fd:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     better_is = "higher" if METRICS[metric] else "lower"
     counted = "counted" if scale.count_guidance else "not counted"
     return "\n".join(lines) + (
-        f"\n\n{NAMES[metric]}: {better_is} is better. Guidance's second pass is {counted}. Measured here.\n"
+        f"\n\n{NAMES[metric]}: {better_is} is better. Guidance's second pass is {counted}. "
+        "A scale with + is the largest that was tried. Measured here.\n"
     )
