@@ -1,19 +1,27 @@
 """Scaling fits, isoFLOP tables, and advice from published and measured evidence."""
 
+import math
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from shoestring import recipes
 from shoestring.cli.main import app
 from shoestring.planning.advice import Wishes, choose
 from shoestring.planning.cost import Machine
-from shoestring.planning.evidence import candidates
+from shoestring.planning.evidence import DECODER_FLOPS, LATENTS, candidates
 from shoestring.planning.machines import gpu
 from shoestring.planning.scaling import fit_power_law, interpolated, iso_flop, t_quantile
 from shoestring.runtime import UserError
-from shoestring.studies.advise import seconds_of
-from shoestring.studies.sampling_rows import Row, append_row
+from shoestring.studies.advise import measured_candidates, seconds_of
+from shoestring.studies.plan_study import _limit
+from shoestring.studies.sampling_rows import Row, append_row, read_rows
 
 
 def synthetic(seed, points=12, noise=0.02, a=0.2, b=1.0, c=0.5):
@@ -126,8 +134,39 @@ def test_many_pictures_move_the_money_from_training_to_sampling():
 
 
 def test_a_budget_too_small_for_any_size_is_a_sentence():
-    with pytest.raises(UserError, match=r"--budget 20 is too small for every size: 39M needs \$\d+"):
+    with pytest.raises(UserError, match=r"--budget 20 is too small .*: 39M with .* needs \$\d+"):
         choose(candidates(), wishes(20, images=0))
+    with pytest.raises(UserError, match=r"--max-latency 0.001 s is too short .*: the fastest, 83M with 23"):
+        choose(candidates(), wishes(50_000, latency=0.001))
+    with pytest.raises(UserError, match=r"--max-cost 2.9 is too low .* costs 3 a picture"):
+        choose(candidates(), wishes(500, cost=2.9))
+    with pytest.raises(UserError, match=r"is too small for every setting that is left: 83M .*--max-cost"):
+        choose(candidates(), wishes(20, cost=3))
+
+
+def test_where_pictures_cost_more_than_training_sampling_cost_is_a_constraint():
+    rich, _ = choose(candidates(), wishes(1e12, images=1e3))
+    assert (rich.candidate.size, rich.rank) == ("5B", 3)
+    drawing, _ = choose(candidates(), wishes(1e12, images=1e12))
+    assert drawing.rank == 2
+    assert drawing.candidate.size == "145M"
+
+
+def test_the_decoder_is_counted_as_it_is():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        decoder = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+        )
+        with FlopCounterMode(display=False) as counter:
+            decoder.decode(torch.empty(1, 4, *LATENTS))
+    assert counter.get_total_flops() == pytest.approx(DECODER_FLOPS, rel=0.01)
+    each = candidates()[0]
+    assert each.picture_flops == 2 * each.evaluations * each.evaluation_flops + DECODER_FLOPS
 
 
 def shoestring(words):
@@ -139,7 +178,10 @@ def shoestring(words):
 
 def test_advise_answers_with_sources():
     said = shoestring("advise --budget 500 --gpu h100 --n 8 --images 1e6 --max-latency 2s")
-    assert "Train 83M with the recipe ldm-83m." in said
+    found = re.search(r"Train 83M with the recipe ldm-83m and (stages\.0\.nimg=(\d+))\.", said)
+    assert 0.5 * 1.024e9 < int(found[2]) < 0.53 * 1.024e9  # what the budget pays
+    assert recipes.resolve("ldm-83m", [found[1]]).nimg - int(found[2]) < 2048  # whole batches
+    assert "decoder" in said
     assert "published, arXiv 2404.01367" in said
     assert "assumed; give --price" in said
     assert "Beyond the evidence:" in said
@@ -193,6 +235,10 @@ def row(model, gflops, nimg, steps, kid, guidance=2.0):
     )
 
 
+def row_of(study, model, steps):
+    return next(r for r in read_rows(study / "results.parquet") if (r.model, r.steps) == (model, steps))
+
+
 @pytest.fixture
 def study(tmp_path):
     for model, gflops, floor in (("small", 1.0, 0.3), ("large", 8.0, 0.1)):
@@ -214,35 +260,80 @@ def test_a_study_is_planned_from_its_rows(study):
 
 
 def test_advice_from_a_study_says_how_far_it_reaches(study):
-    said = shoestring(f"advise --budget 100 --study {study}")
+    said = shoestring(f"advise --budget 0.005 --study {study}")
     assert "Train large." in said
     assert "measured" in said
-    assert "times the training compute of the largest training of the study" in said
-    assert "predicted by its fit" in said
+    paid = float(re.search(r"pays ([\d.]+) times the training compute of the largest training", said)[1])
+    assert "predicted by the fit of its training curve (at ddim, 20 steps, guidance 2, where it ends" in said
+    drawn = shoestring(f"advise --budget 0.005 --images 4 --study {study}")
+    less = float(re.search(r"pays ([\d.]+) times the training compute of the largest training", drawn)[1])
+    assert less < paid  # pictures cost money too
+    assert "nothing is predicted" in shoestring(f"advise --budget 100 --study {study}")
+
+
+def test_advice_is_of_all_trainings_of_a_setting_and_never_of_a_lucky_one(study):
+    for seed, kid in ((1, 0.01), (2, 0.05)):
+        lucky = replace(row("large", 8.0, 16000, 50, kid, 3.0), seed=seed)
+        append_row(study / "results.parquet", lucky)
+        append_row(study / "results.parquet", replace(lucky, guidance=16.0, kid=0.001))
+    said = shoestring(f"advise --budget 100 --study {study / 'results.parquet'}")
+    assert "Sample with ddim, 50 steps, guidance 3." in said
+    first = row_of(study, "large", 50).kid
+    mean = (first + 0.06) / 3
+    assert f"KID {mean:.4g} +- 0.01 at 16,000 images (mean of 3 trainings: {first:.4g}, 0.01, 0.05;" in said
+
+
+def test_rows_without_the_metric_are_left_out(study):
+    append_row(study / "results.parquet", replace(row("small", 1.0, 16000, 4, math.nan), fd=math.nan))
+    assert "nan" not in shoestring(f"plan study {study} --price 2")
+    with pytest.raises(UserError, match=r"--metric is feature_distance, and no row of .* has it"):
+        shoestring(f"plan study {study} --metric feature_distance")
+
+
+def test_a_network_with_the_scale_as_an_input_takes_one_pass(study):
+    both = [replace(row("student", 8.0, 16000, 2, 0.01), guided_calls=calls) for calls in (1, 2)]
+    one, two = measured_candidates(both, "kid", study)
+    assert 2 * one.picture_flops == two.picture_flops
+    append_row(study / "results.parquet", both[0])
+    assert "not their teacher's training" in shoestring(f"advise --budget 100 --study {study}")
 
 
 def test_a_fit_below_zero_predicts_nothing(tmp_path):
     for nimg in (1000, 2000, 4000, 8000, 16000):
-        kid = -0.5 + 2.0 * nimg**-0.1
+        kid = -0.65 + 2.0 * nimg**-0.1
         append_row(tmp_path / "results.parquet", row("small", 1.0, nimg, 20, kid))
-    said = shoestring(f"advise --budget 100 --study {tmp_path}")
+    said = shoestring(f"advise --budget 0.001 --study {tmp_path}")
     assert "falls below zero" in said
-    assert "predicted by its fit" not in said
+    assert "predicted by" not in said
+    assert "none: below 0" in shoestring(f"plan study {tmp_path}")
 
 
 def test_cells_with_fewer_pictures_are_left_out(study):
-    from dataclasses import replace
-
     few = replace(row("small", 1.0, 16000, 4, 0.001, 3.0), samples=16)
     append_row(study / "results.parquet", few)
     assert "0.001" not in shoestring(f"plan study {study} --price 2")
 
 
 def test_rows_of_another_seed_alone_are_a_study_too(tmp_path):
-    from dataclasses import replace
-
     append_row(tmp_path / "results.parquet", replace(row("only", 1.0, 1000, 4, 0.5), seed=7))
     assert "The study has one size only" in shoestring(f"plan study {tmp_path}")
+
+
+def test_a_study_measures_nothing_anew(study):
+    with pytest.raises(UserError, match="--measure is set, but a study runs nothing"):
+        shoestring(f"plan study {study} --measure 5")
+
+
+def test_networks_without_seed_0_are_planned_too(study):
+    rows = [replace(r, seed=4) if r.model == "large" else r for r in read_rows(study / "results.parquet")]
+    (study / "results.parquet").unlink()
+    for each in rows:
+        append_row(study / "results.parquet", each)
+    assert "large" in shoestring(f"plan study {study} --price 2")
+
+
+def test_limits_of_the_search_are_none_of_the_data():
+    assert [_limit(value) for value in (0.01, 0.5, 3.0)] == ["< 0.01", "0.5", "> 3"]
 
 
 def test_a_study_of_one_size_has_no_choice(tmp_path):

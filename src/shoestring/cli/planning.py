@@ -49,6 +49,8 @@ def plan(
     if recipe == "study":
         if images < 0:
             raise UserError(f"--images is {images:g}; it must be 0 or more")
+        if measure is not None:
+            raise UserError("--measure is set, but a study runs nothing; leave it out, or give a recipe")
         _plan_study(overrides or [], machine, images, metric)
         return
     config = recipes.resolve(recipe, overrides or [])
@@ -66,7 +68,7 @@ def _console() -> Console:
 
 
 def _plan_study(paths: list[str], machine: Machine, images: float, metric: str) -> None:
-    from shoestring.studies.advise import plan_study
+    from shoestring.studies.plan_study import plan_study
 
     if len(paths) != 1:
         raise UserError(

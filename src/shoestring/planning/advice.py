@@ -48,12 +48,22 @@ class Candidate:
     """Sampling cost, normalised as in its source."""
     rank: int = 0
     """Between protocols: the highest that can be had is taken."""
+    unconstrained: bool = False
+    """Whether its rank is for those whom sampling costs little: 0 where pictures cost more than training."""
+    guided_calls: int = 2
+    """Network calls of an evaluation with guidance; 1 of models that take the scale as an input."""
+    decoder_flops: float = 0.0
+    """Of the autoencoder's decoder, once a picture."""
+    nimg: int = 0
+    """Images of the training whose quality this is."""
+    whole: bool = True
+    """Whether the recipe ends there."""
 
     @property
     def picture_flops(self) -> float:
-        """Of one picture, guidance's second pass counted."""
-        guided = 1 if self.guidance in (0.0, 1.0) else 2
-        return self.evaluation_flops * self.evaluations * guided
+        """Of one picture, guidance's second pass and the decoder counted; not the text encoder."""
+        guided = 1 if self.guidance in (0.0, 1.0) else self.guided_calls
+        return self.evaluation_flops * self.evaluations * guided + self.decoder_flops
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,17 @@ class Priced:
         """Total cost of ownership."""
         return self.training_usd + self.sampling_usd
 
+    @property
+    def rank(self) -> int:
+        """Of its evidence, for these wishes."""
+        dear = self.candidate.unconstrained and self.sampling_usd > self.training_usd
+        return 0 if dear else self.candidate.rank
+
+
+def dollars(usd: float) -> str:
+    """An amount to read: cents from a dollar on, three digits below."""
+    return f"${usd:,.2f}" if usd >= 1 or usd == 0 else f"${usd:.3g}"
+
 
 def price(candidate: Candidate, wishes: Wishes) -> Priced:
     """What a candidate costs, and whether it fits.
@@ -128,10 +149,10 @@ def price(candidate: Candidate, wishes: Wishes) -> Priced:
     elif wishes.max_cost is not None and candidate.cost > wishes.max_cost * (1 + 1e-9):
         problem = f"a picture costs {candidate.cost:.3g}"
     elif sampling >= wishes.budget_usd:
-        problem = f"the pictures alone cost ${sampling:,.0f}"
+        problem = f"the pictures alone cost {dollars(sampling)}"
     elif share < candidate.least_share:
         needed = candidate.least_share * full + sampling
-        problem = f"needs ${needed:,.0f}: the budget pays {share:.0%} of its training"
+        problem = f"needs {dollars(needed)}: the budget pays {share:.0%} of its training"
     return Priced(candidate, share, share * full, sampling, latency_s, problem)
 
 
@@ -150,18 +171,59 @@ def choose(candidates: Sequence[Candidate], wishes: Wishes) -> tuple[Priced, lis
     """
     priced = [price(candidate, wishes) for candidate in candidates]
     if all(each.problem for each in priced):
-        near = min(priced, key=lambda each: each.candidate.full_training_flops * each.candidate.least_share)
-        raise UserError(
-            f"--budget {wishes.budget_usd:g} is too small for every size: {near.candidate.size} "
-            f"{near.problem}; raise the budget or the latency, make fewer images, or take cheaper GPUs"
-        )
+        raise UserError(_nothing_fits(priced, wishes))
     worst = float("inf")
 
     def order(each: Priced) -> tuple[bool, int, bool, float, float]:
         quality = each.candidate.quality
         value = worst if quality is None else quality
         partial = each.training_share < 1  # its figure is of a whole training
-        return each.problem is not None, -each.candidate.rank, partial, value, each.total_usd
+        return each.problem is not None, -each.rank, partial, value, each.total_usd
 
     priced.sort(key=order)
     return priced[0], priced
+
+
+def _nothing_fits(priced: Sequence[Priced], wishes: Wishes) -> str:
+    """Which wish excludes all that the others leave, what comes nearest to it, and what to change."""
+    left = list(priced)
+    if wishes.max_latency_s is not None:
+        near = min(left, key=lambda each: each.latency_s)
+        if near.latency_s > wishes.max_latency_s:
+            return (
+                f"--max-latency {wishes.max_latency_s:g} s is too short for every setting: the fastest, "
+                f"{_setting(near)}, takes {near.latency_s:.3g} s a picture; allow more, or take a faster GPU"
+            )
+        left = [each for each in left if each.latency_s <= wishes.max_latency_s]
+    if wishes.max_cost is not None:
+        near = min(left, key=lambda each: each.candidate.cost)
+        if near.candidate.cost > wishes.max_cost * (1 + 1e-9):
+            return (
+                f"--max-cost {wishes.max_cost:g} is too low for every setting: the cheapest, "
+                f"{_setting(near)}, costs {near.candidate.cost:.3g} a picture; raise --max-cost"
+                + (" or --max-latency" if len(left) < len(priced) else "")
+            )
+        left = [each for each in left if each.candidate.cost <= wishes.max_cost * (1 + 1e-9)]
+    needed = {id(each): _needed(each, wishes) for each in left}
+    near = min(left, key=lambda each: needed[id(each)])
+    bounds = {"--max-latency": wishes.max_latency_s, "--max-cost": wishes.max_cost}
+    others = [name for name, bound in bounds.items() if bound is not None]
+    return (
+        f"--budget {wishes.budget_usd:g} is too small for every setting"
+        f"{' that is left' if len(left) < len(priced) else ''}: {_setting(near)} needs "
+        f"{dollars(needed[id(near)])}; raise the budget, make fewer images, or take cheaper GPUs"
+        + (f", or raise {' or '.join(others)}" if others and len(left) < len(priced) else "")
+    )
+
+
+def _setting(each: Priced) -> str:
+    found = each.candidate
+    return f"{found.size} with {found.steps} steps of {found.sampler}"
+
+
+def _needed(each: Priced, wishes: Wishes) -> float:
+    """Dollars for the least training that says something, and for all pictures."""
+    machine = wishes.machine
+    full = machine.usd(machine.hours(each.candidate.full_training_flops))
+    assert full is not None
+    return each.candidate.least_share * full + each.sampling_usd

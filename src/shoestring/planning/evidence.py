@@ -22,6 +22,8 @@ ALIGNED_STEPS = 200_000
 UNCONSTRAINED = 50.0
 """Sampling cost of the 866M at 50 steps: from here on the paper calls cost no constraint, and larger wins."""
 LATENTS = (64, 64)
+DECODER_FLOPS = 2.51e12
+"""Of the recipes' autoencoder (Stable Diffusion's) for a picture of 512 pixels; counted, tested."""
 PAPER = "published, arXiv 2404.01367"
 
 
@@ -96,4 +98,7 @@ def _candidate(
         guidance=guidance,
         cost=cost,
         rank=rank,
+        unconstrained=rank == 3,
+        decoder_flops=DECODER_FLOPS,
+        nimg=config.nimg,
     )

@@ -180,3 +180,21 @@ def spread_of_seeds(rows: Sequence[Row], metric: str) -> dict[str, float]:
             name = key[0]
             found[name] = max(found.get(name, 0.0), max(values) - min(values))
     return found
+
+
+def training_curves(rows: Sequence[Row], metric: str) -> dict[str, list[tuple[float, float]]]:
+    """Training compute (FLOP) and quality of the checkpoints of every network that were sampled alike."""
+    chosen = curve_setting(rows)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda r: (r.family, r.gflops, r.nimg)):
+        if (row.sampler, row.steps, row.guidance) == chosen:
+            found.setdefault(row.model, []).append((row.training_gflops * 1e9, float(getattr(row, metric))))
+    return found
+
+
+def curve_setting(rows: Sequence[Row]) -> tuple[str, int, float]:
+    """Sampler, steps and guidance with which the most checkpoints were sampled."""
+    settings: dict[tuple[str, int, float], set[tuple[str, int]]] = {}
+    for row in rows:
+        settings.setdefault((row.sampler, row.steps, row.guidance), set()).add((row.model, row.nimg))
+    return max(settings, key=lambda key: len(settings[key]))
