@@ -66,7 +66,7 @@ def _console() -> Console:
 
 
 def _plan_study(paths: list[str], machine: Machine, images: float, metric: str) -> None:
-    from shoestring.studies.advise import plan_study
+    from shoestring.studies.plan_study import plan_study
 
     if len(paths) != 1:
         raise UserError(

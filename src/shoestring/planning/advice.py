@@ -11,13 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoestring.planning.cost import Machine
+from shoestring.planning.cost import Machine, dollars
 from shoestring.runtime import UserError
 
 ASSUMED_USD = {"h100": 3.75}
 """Dollars for an hour, where none are given: the account of arXiv 2407.15811 (published)."""
 SAMPLING_SHARE = 0.25
 """Of the peak, while sampling; assumed."""
+FREE_SAMPLING = 0.5
+"""Sampling cost counts as no constraint where the pictures take at most this share of the dollars."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class Candidate:
     """``None`` where only a comparison was published."""
     claim: str
     """What is known, and from where."""
+    images_seen: int
+    """In the training whose quality this is."""
     full_training_flops: float
-    """Of the training whose quality this is."""
+    """Of that training."""
     least_share: float
     """Of it, below which the figures do not say anything."""
     evaluation_flops: float
@@ -46,14 +50,25 @@ class Candidate:
     guidance: float | None
     cost: float
     """Sampling cost, normalised as in its source."""
+    guided_calls: int = 2
+    """Network calls of an evaluation with guidance; 1 of models that take the scale as an input."""
+    decoder_flops: float = 0.0
+    """Of the autoencoder's decoder, a picture; 0 of networks that draw pixels."""
     rank: int = 0
-    """Between protocols: the highest that can be had is taken."""
+    """Between protocols, the highest first; 0 is taken where nothing else can be had."""
+    unconstrained: bool = False
+    """Whether its rank is meant where sampling cost is no constraint; elsewhere its rank is 0."""
 
     @property
     def picture_flops(self) -> float:
-        """Of one picture, guidance's second pass counted."""
-        guided = 1 if self.guidance in (0.0, 1.0) else 2
-        return self.evaluation_flops * self.evaluations * guided
+        """Of one picture: evaluations, guidance's second pass where there is one, and the decoder."""
+        guided = 1 if self.guidance in (0.0, 1.0) else self.guided_calls
+        return self.evaluation_flops * self.evaluations * guided + self.decoder_flops
+
+    @property
+    def setting(self) -> str:
+        """For people: the network and how it is sampled."""
+        return f"{self.size} with {self.sampler}, {self.steps} steps"
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,8 @@ class Priced:
     sampling_usd: float
     """Of all pictures."""
     latency_s: float
+    needed_usd: float
+    """Of the pictures, and of the least share of its training that says anything."""
     problem: str | None
     """Why it cannot be had."""
 
@@ -102,6 +119,26 @@ class Priced:
     def total_usd(self) -> float:
         """Total cost of ownership."""
         return self.training_usd + self.sampling_usd
+
+    @property
+    def rank(self) -> int:
+        """Of its evidence at this price."""
+        free = self.sampling_usd <= FREE_SAMPLING * self.total_usd
+        return 0 if self.candidate.unconstrained and not free else self.candidate.rank
+
+
+def picture_seconds(candidate: Candidate, machine: Machine, sampling_share: float) -> float:
+    """Seconds that a picture takes on one GPU.
+
+    Args:
+        candidate: network and sampling.
+        machine: whose GPU it is.
+        sampling_share: of the peak.
+
+    Returns:
+        Without the text encoder.
+    """
+    return candidate.picture_flops / (machine.gpu.peak_flops * sampling_share)
 
 
 def price(candidate: Candidate, wishes: Wishes) -> Priced:
@@ -117,26 +154,29 @@ def price(candidate: Candidate, wishes: Wishes) -> Priced:
     machine = wishes.machine
     assert machine.usd_per_gpu_hour is not None
     usd_per_s = machine.usd_per_gpu_hour / 3600
-    latency_s = candidate.picture_flops / (machine.gpu.peak_flops * wishes.sampling_share)
+    latency_s = picture_seconds(candidate, machine, wishes.sampling_share)
     sampling = wishes.images * latency_s * usd_per_s
     full = machine.usd(machine.hours(candidate.full_training_flops))
     assert full is not None
     share = max(0.0, min(1.0, (wishes.budget_usd - sampling) / full)) if full else 1.0
+    needed = candidate.least_share * full + sampling
     problem = None
     if wishes.max_latency_s is not None and latency_s > wishes.max_latency_s:
         problem = f"a picture takes {latency_s:.3g} s"
     elif wishes.max_cost is not None and candidate.cost > wishes.max_cost * (1 + 1e-9):
         problem = f"a picture costs {candidate.cost:.3g}"
     elif sampling >= wishes.budget_usd:
-        problem = f"the pictures alone cost ${sampling:,.0f}"
+        problem = f"the pictures alone cost {dollars(sampling)}"
     elif share < candidate.least_share:
-        needed = candidate.least_share * full + sampling
-        problem = f"needs ${needed:,.0f}: the budget pays {share:.0%} of its training"
-    return Priced(candidate, share, share * full, sampling, latency_s, problem)
+        problem = f"needs {dollars(needed)}: the budget pays {share:.0%} of its training"
+    return Priced(candidate, share, share * full, sampling, latency_s, needed, problem)
 
 
 def choose(candidates: Sequence[Candidate], wishes: Wishes) -> tuple[Priced, list[Priced]]:
     """The best that fits.
+
+    Whatever has no rank comes last. Of the others whole trainings come before parts of larger ones, then the
+    higher rank, then the better figure, then the lower price.
 
     Args:
         candidates: all that is known.
@@ -146,22 +186,51 @@ def choose(candidates: Sequence[Candidate], wishes: Wishes) -> tuple[Priced, lis
         The choice, and everything priced: what fits first, the best first.
 
     Raises:
-        UserError: if nothing fits; what the cheapest would need is said.
+        UserError: if nothing fits; the option that excludes everything is named, and what comes nearest.
     """
     priced = [price(candidate, wishes) for candidate in candidates]
     if all(each.problem for each in priced):
-        near = min(priced, key=lambda each: each.candidate.full_training_flops * each.candidate.least_share)
-        raise UserError(
-            f"--budget {wishes.budget_usd:g} is too small for every size: {near.candidate.size} "
-            f"{near.problem}; raise the budget or the latency, make fewer images, or take cheaper GPUs"
-        )
-    worst = float("inf")
+        raise UserError(_nothing_fits(priced, wishes))
 
-    def order(each: Priced) -> tuple[bool, int, bool, float, float]:
+    def order(each: Priced) -> tuple[bool, bool, bool, int, float, float]:
         quality = each.candidate.quality
-        value = worst if quality is None else quality
+        value = math.inf if quality is None else quality
         partial = each.training_share < 1  # its figure is of a whole training
-        return each.problem is not None, -each.candidate.rank, partial, value, each.total_usd
+        return each.problem is not None, each.rank == 0, partial, -each.rank, value, each.total_usd
 
     priced.sort(key=order)
     return priced[0], priced
+
+
+def _nothing_fits(priced: Sequence[Priced], wishes: Wishes) -> str:
+    """Which option excludes what the ones before it left, and the nearest of these."""
+    left, options, within = list(priced), list[str](), ""
+    if wishes.max_latency_s is not None:
+        near = min(left, key=lambda each: each.latency_s)
+        left = [each for each in left if each.latency_s <= wishes.max_latency_s]
+        if not left:
+            return (
+                f"--max-latency is {wishes.max_latency_s:g} s, but the fastest setting, "
+                f"{near.candidate.setting}, takes {near.latency_s:.3g} s a picture; raise --max-latency, or "
+                "take a faster GPU"
+            )
+        options.append("--max-latency")
+        within = f" within --max-latency {wishes.max_latency_s:g} s"
+    if wishes.max_cost is not None:
+        near = min(left, key=lambda each: each.candidate.cost)
+        left = [each for each in left if each.candidate.cost <= wishes.max_cost * (1 + 1e-9)]
+        if not left:
+            return (
+                f"--max-cost is {wishes.max_cost:g}, but the cheapest setting{within}, "
+                f"{near.candidate.setting}, costs {near.candidate.cost:.3g} a picture; raise "
+                f"{' or '.join(['--max-cost', *options])}"
+            )
+        options.append("--max-cost")
+        within += f"{' and' if within else ' within'} --max-cost {wishes.max_cost:g}"
+    near = min(left, key=lambda each: each.needed_usd)
+    fewer = "make fewer images, " if near.sampling_usd else ""
+    return (
+        f"--budget {wishes.budget_usd:g} is too small for every size{within}: {near.candidate.size} needs "
+        f"{dollars(near.needed_usd)}, {dollars(near.sampling_usd)} of it for the pictures; raise "
+        f"{' or '.join(['--budget', *options])}, {fewer}or take cheaper GPUs"
+    )
