@@ -175,8 +175,8 @@ def price(candidate: Candidate, wishes: Wishes) -> Priced:
 def choose(candidates: Sequence[Candidate], wishes: Wishes) -> tuple[Priced, list[Priced]]:
     """The best that fits.
 
-    Whatever has no rank comes last. Of the others whole trainings come before parts of larger ones, then the
-    higher rank, then the better figure, then the lower price.
+    Whatever has no rank comes last. Of the others whole trainings come before parts of larger ones, and of
+    parts that of the smallest training; then the higher rank, the better figure, the lower price.
 
     Args:
         candidates: all that is known.
@@ -192,10 +192,11 @@ def choose(candidates: Sequence[Candidate], wishes: Wishes) -> tuple[Priced, lis
     if all(each.problem for each in priced):
         raise UserError(_nothing_fits(priced, wishes))
 
-    def order(each: Priced) -> tuple[bool, bool, bool, int, float, float]:
+    def order(each: Priced) -> tuple[bool, bool, float, int, float, float]:
         quality = each.candidate.quality
         value = math.inf if quality is None else quality
-        partial = each.training_share < 1  # its figure is of a whole training
+        # Figures are of whole trainings.
+        partial = each.candidate.full_training_flops if each.training_share < 1 else 0.0
         return each.problem is not None, each.rank == 0, partial, -each.rank, value, each.total_usd
 
     priced.sort(key=order)

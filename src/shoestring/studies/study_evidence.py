@@ -72,8 +72,8 @@ def evidence_of(path: Path, metric: str) -> Evidence:
     if students:
         names = ", ".join(dict.fromkeys(row.model for row in students))
         notes.append(
-            f"Training of {names} is priced at the distillation alone: the rows do not have what the teachers "
-            "took."
+            f"Training of {names} is priced at the distillation alone: what the teachers took is not in the "
+            "rows."
         )
     return Evidence(rows, notes)
 
@@ -110,14 +110,14 @@ def _candidate(row: Row, alike: Sequence[Row], scale: Scale, metric: str, study:
     each_seed = ", ".join(f"{value:.4g}" for value in values)
     trainings = f"mean of {len(values)} seeds: {each_seed}" if len(values) > 1 else "one seed"
     if metric == "kid" and math.isfinite(error):
-        trainings = f"+- {error:.2g} by the drawn pictures; {trainings}"
+        trainings = f"standard error {error:.2g} by the drawn pictures; {trainings}"
     return Candidate(
         size=row.model,
         recipe=_recipe_of(row, study),
         protocol=str(study),
         metric=metric.upper(),
         quality=quality,
-        claim=(f"{metric.upper()} {quality:.4g} ({trainings}) at {row.nimg:,} images (measured, {study})"),
+        claim=f"{metric.upper()} {quality:.4g} ({trainings}) at {row.nimg:,} images (measured, {study})",
         images_seen=row.nimg,
         full_training_flops=row.training_gflops * 1e9,
         least_share=1.0,
