@@ -110,8 +110,8 @@ def _predicted(rows: Sequence[Row], metric: str, size: str, compute: float) -> s
         return ""
     name, beyond = metric.upper(), fit.extrapolates(compute)
     what = (
-        f"the fit of {size} is of {curves.setting}, where {name} is {points[-1][1]:.3g} at the end of the "
-        f"measured training; {_times(beyond)} beyond its points it "
+        f"the fit of {size} is of {curves.setting}, where {name} is {points[-1][1]:.3g} at the end of its "
+        f"first seed's training; {_times(beyond)} beyond its points it "
     )
     if beyond > FARTHEST:
         return f"{what}predicts nothing, as it is used up to {FARTHEST:g} times beyond; "
