@@ -11,13 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoestring.planning.cost import Machine
+from shoestring.planning.cost import Machine, dollars
 from shoestring.runtime import UserError
 
 ASSUMED_USD = {"h100": 3.75}
 """Dollars for an hour, where none are given: the account of arXiv 2407.15811 (published)."""
 SAMPLING_SHARE = 0.25
 """Of the peak, while sampling; assumed."""
+FREE_SAMPLING = 0.5
+"""Sampling cost counts as no constraint where the pictures take at most this share of the dollars."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class Candidate:
     """``None`` where only a comparison was published."""
     claim: str
     """What is known, and from where."""
+    images_seen: int
+    """In the training whose quality this is."""
     full_training_flops: float
-    """Of the training whose quality this is."""
+    """Of that training."""
     least_share: float
     """Of it, below which the figures do not say anything."""
     evaluation_flops: float
@@ -46,24 +50,25 @@ class Candidate:
     guidance: float | None
     cost: float
     """Sampling cost, normalised as in its source."""
-    rank: int = 0
-    """Between protocols: the highest that can be had is taken."""
-    unconstrained: bool = False
-    """Whether its rank is for those whom sampling costs little: 0 where pictures cost more than training."""
     guided_calls: int = 2
     """Network calls of an evaluation with guidance; 1 of models that take the scale as an input."""
     decoder_flops: float = 0.0
-    """Of the autoencoder's decoder, once a picture."""
-    nimg: int = 0
-    """Images of the training whose quality this is."""
-    whole: bool = True
-    """Whether the recipe ends there."""
+    """Of the autoencoder's decoder, a picture; 0 of networks that draw pixels."""
+    rank: int = 0
+    """Between protocols, the highest first; 0 is taken where nothing else can be had."""
+    unconstrained: bool = False
+    """Whether its rank is meant where sampling cost is no constraint; elsewhere its rank is 0."""
 
     @property
     def picture_flops(self) -> float:
-        """Of one picture, guidance's second pass and the decoder counted; not the text encoder."""
+        """Of one picture: evaluations, guidance's second pass where there is one, and the decoder."""
         guided = 1 if self.guidance in (0.0, 1.0) else self.guided_calls
         return self.evaluation_flops * self.evaluations * guided + self.decoder_flops
+
+    @property
+    def setting(self) -> str:
+        """For people: the network and how it is sampled."""
+        return f"{self.size} with {self.sampler}, {self.steps} steps"
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ class Priced:
     sampling_usd: float
     """Of all pictures."""
     latency_s: float
+    needed_usd: float
+    """Of the pictures, and of the least share of its training that says anything."""
     problem: str | None
     """Why it cannot be had."""
 
@@ -115,14 +122,23 @@ class Priced:
 
     @property
     def rank(self) -> int:
-        """Of its evidence, for these wishes."""
-        dear = self.candidate.unconstrained and self.sampling_usd > self.training_usd
-        return 0 if dear else self.candidate.rank
+        """Of its evidence at this price."""
+        free = self.sampling_usd <= FREE_SAMPLING * self.total_usd
+        return 0 if self.candidate.unconstrained and not free else self.candidate.rank
 
 
-def dollars(usd: float) -> str:
-    """An amount to read: cents from a dollar on, three digits below."""
-    return f"${usd:,.2f}" if usd >= 1 or usd == 0 else f"${usd:.3g}"
+def picture_seconds(candidate: Candidate, machine: Machine, sampling_share: float) -> float:
+    """Seconds that a picture takes on one GPU.
+
+    Args:
+        candidate: network and sampling.
+        machine: whose GPU it is.
+        sampling_share: of the peak.
+
+    Returns:
+        Without the text encoder.
+    """
+    return candidate.picture_flops / (machine.gpu.peak_flops * sampling_share)
 
 
 def price(candidate: Candidate, wishes: Wishes) -> Priced:
@@ -138,11 +154,12 @@ def price(candidate: Candidate, wishes: Wishes) -> Priced:
     machine = wishes.machine
     assert machine.usd_per_gpu_hour is not None
     usd_per_s = machine.usd_per_gpu_hour / 3600
-    latency_s = candidate.picture_flops / (machine.gpu.peak_flops * wishes.sampling_share)
+    latency_s = picture_seconds(candidate, machine, wishes.sampling_share)
     sampling = wishes.images * latency_s * usd_per_s
     full = machine.usd(machine.hours(candidate.full_training_flops))
     assert full is not None
     share = max(0.0, min(1.0, (wishes.budget_usd - sampling) / full)) if full else 1.0
+    needed = candidate.least_share * full + sampling
     problem = None
     if wishes.max_latency_s is not None and latency_s > wishes.max_latency_s:
         problem = f"a picture takes {latency_s:.3g} s"
@@ -151,13 +168,15 @@ def price(candidate: Candidate, wishes: Wishes) -> Priced:
     elif sampling >= wishes.budget_usd:
         problem = f"the pictures alone cost {dollars(sampling)}"
     elif share < candidate.least_share:
-        needed = candidate.least_share * full + sampling
         problem = f"needs {dollars(needed)}: the budget pays {share:.0%} of its training"
-    return Priced(candidate, share, share * full, sampling, latency_s, problem)
+    return Priced(candidate, share, share * full, sampling, latency_s, needed, problem)
 
 
 def choose(candidates: Sequence[Candidate], wishes: Wishes) -> tuple[Priced, list[Priced]]:
     """The best that fits.
+
+    Whatever has no rank comes last. Of the others whole trainings come before parts of larger ones, and of
+    parts that of the smallest training; then the higher rank, the better figure, the lower price.
 
     Args:
         candidates: all that is known.
@@ -167,63 +186,52 @@ def choose(candidates: Sequence[Candidate], wishes: Wishes) -> tuple[Priced, lis
         The choice, and everything priced: what fits first, the best first.
 
     Raises:
-        UserError: if nothing fits; what the cheapest would need is said.
+        UserError: if nothing fits; the option that excludes everything is named, and what comes nearest.
     """
     priced = [price(candidate, wishes) for candidate in candidates]
     if all(each.problem for each in priced):
         raise UserError(_nothing_fits(priced, wishes))
-    worst = float("inf")
 
-    def order(each: Priced) -> tuple[bool, int, bool, float, float]:
+    def order(each: Priced) -> tuple[bool, bool, float, int, float, float]:
         quality = each.candidate.quality
-        value = worst if quality is None else quality
-        partial = each.training_share < 1  # its figure is of a whole training
-        return each.problem is not None, -each.rank, partial, value, each.total_usd
+        value = math.inf if quality is None else quality
+        # Figures are of whole trainings.
+        partial = each.candidate.full_training_flops if each.training_share < 1 else 0.0
+        return each.problem is not None, each.rank == 0, partial, -each.rank, value, each.total_usd
 
     priced.sort(key=order)
     return priced[0], priced
 
 
 def _nothing_fits(priced: Sequence[Priced], wishes: Wishes) -> str:
-    """Which wish excludes all that the others leave, what comes nearest to it, and what to change."""
-    left = list(priced)
+    """Which option excludes what the ones before it left, and the nearest of these."""
+    left, options, within = list(priced), list[str](), ""
     if wishes.max_latency_s is not None:
         near = min(left, key=lambda each: each.latency_s)
-        if near.latency_s > wishes.max_latency_s:
-            return (
-                f"--max-latency {wishes.max_latency_s:g} s is too short for every setting: the fastest, "
-                f"{_setting(near)}, takes {near.latency_s:.3g} s a picture; allow more, or take a faster GPU"
-            )
         left = [each for each in left if each.latency_s <= wishes.max_latency_s]
+        if not left:
+            return (
+                f"--max-latency is {wishes.max_latency_s:g} s, but the fastest setting, "
+                f"{near.candidate.setting}, takes {near.latency_s:.3g} s a picture; raise --max-latency, or "
+                "take a faster GPU"
+            )
+        options.append("--max-latency")
+        within = f" within --max-latency {wishes.max_latency_s:g} s"
     if wishes.max_cost is not None:
         near = min(left, key=lambda each: each.candidate.cost)
-        if near.candidate.cost > wishes.max_cost * (1 + 1e-9):
-            return (
-                f"--max-cost {wishes.max_cost:g} is too low for every setting: the cheapest, "
-                f"{_setting(near)}, costs {near.candidate.cost:.3g} a picture; raise --max-cost"
-                + (" or --max-latency" if len(left) < len(priced) else "")
-            )
         left = [each for each in left if each.candidate.cost <= wishes.max_cost * (1 + 1e-9)]
-    needed = {id(each): _needed(each, wishes) for each in left}
-    near = min(left, key=lambda each: needed[id(each)])
-    bounds = {"--max-latency": wishes.max_latency_s, "--max-cost": wishes.max_cost}
-    others = [name for name, bound in bounds.items() if bound is not None]
+        if not left:
+            return (
+                f"--max-cost is {wishes.max_cost:g}, but the cheapest setting{within}, "
+                f"{near.candidate.setting}, costs {near.candidate.cost:.3g} a picture; raise "
+                f"{' or '.join(['--max-cost', *options])}"
+            )
+        options.append("--max-cost")
+        within += f"{' and' if within else ' within'} --max-cost {wishes.max_cost:g}"
+    near = min(left, key=lambda each: each.needed_usd)
+    fewer = "make fewer images, " if near.sampling_usd else ""
     return (
-        f"--budget {wishes.budget_usd:g} is too small for every setting"
-        f"{' that is left' if len(left) < len(priced) else ''}: {_setting(near)} needs "
-        f"{dollars(needed[id(near)])}; raise the budget, make fewer images, or take cheaper GPUs"
-        + (f", or raise {' or '.join(others)}" if others and len(left) < len(priced) else "")
+        f"--budget {wishes.budget_usd:g} is too small for every size{within}: {near.candidate.size} needs "
+        f"{dollars(near.needed_usd)}, {dollars(near.sampling_usd)} of it for the pictures; raise "
+        f"{' or '.join(['--budget', *options])}, {fewer}or take cheaper GPUs"
     )
-
-
-def _setting(each: Priced) -> str:
-    found = each.candidate
-    return f"{found.size} with {found.steps} steps of {found.sampler}"
-
-
-def _needed(each: Priced, wishes: Wishes) -> float:
-    """Dollars for the least training that says something, and for all pictures."""
-    machine = wishes.machine
-    full = machine.usd(machine.hours(each.candidate.full_training_flops))
-    assert full is not None
-    return each.candidate.least_share * full + each.sampling_usd

@@ -11,6 +11,11 @@ from shoestring.planning.run import RunPlan
 from shoestring.runtime import UserError
 
 
+def dollars(usd: float) -> str:
+    """An amount for people: cents, or three digits where it is less than a dollar."""
+    return f"${usd:,.2f}" if abs(usd) >= 1 else f"${usd:.3g}"
+
+
 @dataclass(frozen=True)
 class Machine:
     """Rented GPUs.

@@ -21,6 +21,8 @@ Point = tuple[float, float]
 LEAST_POINTS = 4
 STEEPEST, FLATTEST = 3.0, 0.01
 """Exponents beyond which a curve is a step, or a line in log C."""
+SEARCHED = 1.1 * FLATTEST, STEEPEST / 1.01
+"""An exponent outside of these lies at an end of the search."""
 LEVEL = 0.95
 GRID, ZOOMS = 33, 4
 """Exponents that are tried at once, and how often the grid becomes finer."""
@@ -164,7 +166,7 @@ def _least_squares(x: Array, q: Array, scale: float) -> PowerLaw | None:
 
 
 def _at_a_bound(law: PowerLaw) -> bool:
-    return not 1.1 * FLATTEST < law.c < STEEPEST / 1.01
+    return not SEARCHED[0] < law.c < SEARCHED[1]
 
 
 def _interval(values: Array) -> tuple[float, float]:

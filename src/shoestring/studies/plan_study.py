@@ -1,30 +1,30 @@
-"""The job behind ``shoestring plan study``: fits, and the best sizes for training and for sampling."""
+"""The job behind ``shoestring plan study``: fits, the best sizes, and total cost of ownership."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from shoestring.planning.advice import Wishes
-from shoestring.planning.cost import Machine
-from shoestring.planning.scaling import FLATTEST, STEEPEST, Fit, fit_power_law, iso_flop
+from shoestring.planning.advice import SAMPLING_SHARE, Candidate, picture_seconds
+from shoestring.planning.cost import Machine, dollars
+from shoestring.planning.scaling import FLATTEST, SEARCHED, STEEPEST, fit_power_law, iso_flop
 from shoestring.runtime import UserError, say
-from shoestring.studies.advise import measured_candidates, results_of, usd_per_flop
 from shoestring.studies.sampling_analysis import (
+    Curves,
     Scale,
     at_the_end,
     best_guidance,
     best_within,
-    better,
     budgets,
     first_seeds,
     training_curves,
 )
 from shoestring.studies.sampling_rows import Row
+from shoestring.studies.study_evidence import evidence_of, measured
 
 
 def plan_study(path: Path, metric: str, machine: Machine, images: float, console: Console) -> None:
@@ -40,19 +40,20 @@ def plan_study(path: Path, metric: str, machine: Machine, images: float, console
     Raises:
         UserError: if there are no rows.
     """
-    rows = first_seeds(results_of(path, metric))
+    evidence = evidence_of(path, metric)
+    rows = first_seeds(evidence.rows)
     curves = training_curves(rows, metric)
     _print_fits(curves, metric, console)
-    _print_iso_flop(curves, metric, machine, console)
+    _print_iso_flop(curves.points, metric, machine, console)
     _print_sampling(rows, metric, console)
-    _print_ownership(rows, metric, machine, images, console)
-
-
-def _limit(value: float) -> str:
-    """A limit of an exponent; those of the search are none of the data's."""
-    if value <= 1.01 * FLATTEST:
-        return f"< {FLATTEST:g}"
-    return f"> {STEEPEST:g}" if value >= 0.99 * STEEPEST else f"{value:.3g}"
+    _print_ownership(measured(rows, metric, path), metric, machine, images, console)
+    for note in evidence.notes:
+        say(console, note)
+    if len(rows) < len(evidence.rows):
+        say(
+            console,
+            "Tables are of every network's first seed; shoestring advise takes the mean of the seeds.",
+        )
 
 
 def _table(title: str, names: Sequence[str]) -> Table:
@@ -62,40 +63,66 @@ def _table(title: str, names: Sequence[str]) -> Table:
     return table
 
 
-def _print_fits(curves: dict[str, list[tuple[float, float]]], metric: str, console: Console) -> None:
+def _print_fits(curves: Curves, metric: str, console: Console) -> None:
     table = _table(
-        f"{metric.upper()} = a + b C^-c over training compute, 95 % (measured here, beyond predicted)",
+        f"{metric.upper()} = a + b C^-c over training compute, 95 % (measured here, beyond predicted; "
+        f"{curves.setting})",
         ["network", "points", "a", "interval", "b", "c", "interval", "at 10 x the compute", "interval"],
     )
-    fits: dict[str, Fit] = {}
     problems: dict[str, list[str]] = {}
-    for name, points in curves.items():
+    for name, points in curves.points.items():
         try:
-            fits[name] = fit_power_law(points)
+            fit = fit_power_law(points)
         except UserError as error:
             problems.setdefault(str(error), []).append(name)
             continue
-        law, sure = fits[name].law, fits[name].intervals
+        law, sure = fit.law, fit.intervals
         cells = [name, str(len(points)), f"{law.a:.3g}", f"{sure['a'][0]:.3g} to {sure['a'][1]:.3g}"]
-        cells += [f"{law.b:.3g}", f"{law.c:.3g}", f"{_limit(sure['c'][0])} to {_limit(sure['c'][1])}"]
-        beyond = 10 * fits[name].high
-        low, high = fits[name].interval_at(beyond)
-        told = (
-            ("none: below 0", "")
-            if law.at(beyond) < 0
-            else (f"{law.at(beyond):.3g}", f"{low:.3g} to {high:.3g}")
+        cells += [f"{law.b:.3g}", f"{law.c:.3g}", shown_exponents(*sure["c"])]
+        beyond = 10 * fit.high
+        at = law.at(beyond)
+        table.add_row(
+            *cells, "none (below 0)" if at < 0 else f"{at:.3g}", shown_range(*fit.interval_at(beyond))
         )
-        table.add_row(*cells, *told)
-    if fits:
+    if table.row_count:
         console.print(table)
     for problem, names in problems.items():
         say(console, f"No fit for {', '.join(names)}: {problem}")
-    if len(curves) < 2:
+    if len(curves.points) < 2:
         say(console, "The study has one size only: there is nothing to choose from, and no fit over sizes.")
 
 
+def shown_exponents(low: float, high: float) -> str:
+    """Limits of c for people; at the ends of what is searched they are no limits.
+
+    Args:
+        low: of the interval.
+        high: of the interval.
+
+    Returns:
+        Such as 0.31 to 0.62, or < 0.01 to > 3.
+    """
+    flat, steep = low < SEARCHED[0], high > SEARCHED[1]
+    return f"{f'< {FLATTEST:g}' if flat else f'{low:.3g}'} to {f'> {STEEPEST:g}' if steep else f'{high:.3g}'}"
+
+
+def shown_range(low: float, high: float) -> str:
+    """An interval of a figure that cannot be below zero, for people.
+
+    Args:
+        low: of the interval.
+        high: of the interval.
+
+    Returns:
+        Such as 0.1 to 0.2, below 0 to 0.2, or below 0.
+    """
+    if high < 0:
+        return "below 0"
+    return f"{'below 0' if low < 0 else f'{low:.3g}'} to {high:.3g}"
+
+
 def _print_iso_flop(
-    curves: dict[str, list[tuple[float, float]]], metric: str, machine: Machine, console: Console
+    curves: Mapping[str, Sequence[tuple[float, float]]], metric: str, machine: Machine, console: Console
 ) -> None:
     if len(curves) < 2:
         return
@@ -116,7 +143,7 @@ def _print_iso_flop(
         others = ", ".join(f"{name} {found[name]:.3g}" for name in ordered[1:])
         cells = [
             f"{budget:.2e}",
-            "" if usd is None else f"${usd:,.4g}",
+            "" if usd is None else dollars(usd),
             ordered[0],
             f"{found[ordered[0]]:.4g}",
         ]
@@ -142,28 +169,28 @@ def _print_sampling(rows: Sequence[Row], metric: str, console: Console) -> None:
 
 
 def _print_ownership(
-    rows: Sequence[Row], metric: str, machine: Machine, images: float, console: Console
+    candidates: Sequence[Candidate], metric: str, machine: Machine, images: float, console: Console
 ) -> None:
     """Training and N pictures together: what is best at each total."""
-    if machine.usd_per_gpu_hour is None:
+    usd_per_hour = machine.usd_per_gpu_hour
+    if usd_per_hour is None:
         say(console, "No total cost of ownership without --price.")
         return
-    wishes = Wishes(1.0, images, None, machine)
-    usd_per_s = machine.usd_per_gpu_hour / 3600
     table = _table(
-        f"Total cost of ownership with {images:,.0f} pictures: the front (all passes counted)",
+        f"Total cost of ownership with {images:,.0f} pictures (guidance's second pass counted): the front",
         ["dollars", "network", "images seen", "sampler", "steps", "guidance", metric.upper()],
     )
     priced = []
-    for row, each in zip(rows, measured_candidates(rows, metric, Path("study")), strict=True):
-        picture = each.picture_flops / (machine.gpu.peak_flops * wishes.sampling_share) * usd_per_s
-        training = each.full_training_flops * usd_per_flop(machine)
-        priced.append((training + images * picture, row))
-    priced.sort(key=lambda pair: (pair[0], better(metric)(pair[1])))
+    for each in candidates:
+        training = machine.usd(machine.hours(each.full_training_flops))
+        assert training is not None
+        assert each.quality is not None
+        hours = images * picture_seconds(each, machine, SAMPLING_SHARE) / 3600
+        priced.append((training + hours * usd_per_hour, each.quality, each))
     reached = float("inf")
-    for usd, row in priced:  # of equal prices the best comes first
-        if better(metric)(row) < reached:
-            reached = better(metric)(row)
-            cells = [f"${usd:,.4g}", row.model, f"{row.nimg:,}", row.sampler, str(row.steps)]
-            table.add_row(*cells, f"{row.guidance:g}", f"{getattr(row, metric):.4g}")
+    for usd, quality, each in sorted(priced, key=lambda one: one[:2]):  # of equal prices the best comes first
+        if quality < reached:
+            reached = quality
+            cells = [dollars(usd), each.size, f"{each.images_seen:,}", each.sampler, str(each.steps)]
+            table.add_row(*cells, f"{each.guidance:g}", f"{quality:.4g}")
     console.print(table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shoestring.studies.sampling_rows import METRICS, Row
@@ -182,19 +182,33 @@ def spread_of_seeds(rows: Sequence[Row], metric: str) -> dict[str, float]:
     return found
 
 
-def training_curves(rows: Sequence[Row], metric: str) -> dict[str, list[tuple[float, float]]]:
-    """Training compute (FLOP) and quality of the checkpoints of every network that were sampled alike."""
-    chosen = curve_setting(rows)
-    found: dict[str, list[tuple[float, float]]] = {}
-    for row in sorted(rows, key=lambda r: (r.family, r.gflops, r.nimg)):
-        if (row.sampler, row.steps, row.guidance) == chosen:
-            found.setdefault(row.model, []).append((row.training_gflops * 1e9, float(getattr(row, metric))))
-    return found
+@dataclass(frozen=True)
+class Curves:
+    """Quality over training compute of checkpoints that were sampled alike."""
+
+    setting: str
+    """How all were sampled."""
+    points: Mapping[str, Sequence[tuple[float, float]]]
+    """By network, FLOP and quality, rising in FLOP."""
 
 
-def curve_setting(rows: Sequence[Row]) -> tuple[str, int, float]:
-    """Sampler, steps and guidance with which the most checkpoints were sampled."""
+def training_curves(rows: Sequence[Row], metric: str) -> Curves:
+    """Quality over training compute, with the sampling that most checkpoints have.
+
+    Args:
+        rows: of one seed a network, the metric finite.
+        metric: lower is better.
+
+    Returns:
+        Of all networks that were sampled so.
+    """
     settings: dict[tuple[str, int, float], set[tuple[str, int]]] = {}
     for row in rows:
         settings.setdefault((row.sampler, row.steps, row.guidance), set()).add((row.model, row.nimg))
-    return max(settings, key=lambda key: len(settings[key]))
+    chosen = max(settings, key=lambda key: len(settings[key]))
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda r: (r.family, r.gflops, r.nimg)):
+        if (row.sampler, row.steps, row.guidance) == chosen:
+            points.setdefault(row.model, []).append((row.training_gflops * 1e9, float(getattr(row, metric))))
+    sampler, steps, guidance = chosen
+    return Curves(f"{sampler}, {steps} steps, guidance {guidance:g}", points)

@@ -26,6 +26,7 @@ from shoestring.studies.sampling_analysis import (
     front,
     guidance_shown,
     spread_of_seeds,
+    training_curves,
 )
 from shoestring.studies.sampling_rows import METRICS, Row
 
@@ -108,22 +109,17 @@ def sizes_table(rows: Sequence[Row], scale: Scale, metric: str) -> str:
 
 def _training_curves(rows: Sequence[Row], metric: str, colors: Mapping[str, str]) -> list[str]:
     """Quality against training compute, from checkpoints that were all sampled alike."""
-    kinds: dict[tuple[object, ...], set[int]] = {}
-    for row in rows:
-        kinds.setdefault((row.sampler, row.steps, row.guidance), set()).add(row.nimg)
-    setting = max(kinds, key=lambda kind: len(kinds[kind]))
-    if len(kinds[setting]) < 2:
+    curves = training_curves(rows, metric)
+    if all(len(points) < 2 for points in curves.points.values()):
         return []
-    alike = [row for row in rows if (row.sampler, row.steps, row.guidance) == setting]
     lines = [
-        Line(name, [(r.training_gflops, float(getattr(r, metric))) for r in mine], colors[name], dots=True)
-        for name, mine in _by_model(alike).items()
+        Line(name, [(flop / 1e9, quality) for flop, quality in points], colors[name], dots=True)
+        for name, points in curves.points.items()
     ]
     chart = line_chart(lines, (), "GFLOP of training", NAMES[metric], log_x=True)
-    sampler, steps, guidance = setting
     return [
         '<div class="charts"><div class="card"><h3>Quality against training compute</h3>'
-        f'<p class="note">{sampler}, {steps} steps, guidance {guidance}</p>{chart}</div></div>'
+        f'<p class="note">{curves.setting}</p>{chart}</div></div>'
     ]
 
 
