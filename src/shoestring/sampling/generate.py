@@ -240,7 +240,7 @@ class Pipeline:
         low, high = distill.guidance if self.config.model.guidance_input else (1.0, 1.0)
         if not low <= sampling.guidance <= high:
             known = f"from {low:g} to {high:g}" if low < high else f"{low:g}"
-            folded = f"{distill.guidance[0]:g} is folded in" if low == high else "it was distilled for those"
+            folded = "guidance is folded in already" if low == high else "it was distilled for those"
             raise UserError(
                 f"sampling.guidance is {sampling.guidance:g}; for {self.config.name} it must be {known}, as "
                 f"{folded}"
