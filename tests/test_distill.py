@@ -291,6 +291,11 @@ def test_settings_that_do_not_fit(base, tmp_path, changes, sentence):
         train(apply_overrides(recipe, changes), tmp_path / "x", Console(quiet=True))
 
 
+def test_only_codi_has_squared_distances(base):
+    assert distill_recipe(base, "student", asked("codi")).distill.huber == 0
+    assert distill_recipe(base, "student", asked("consistency")).distill.huber > 0
+
+
 def test_what_cannot_be_distilled_is_said_in_a_sentence(base, tmp_path):
     with pytest.raises(UserError, match="codi has no teacher to guide; leave it out"):
         distill_recipe(base, "student", asked("codi", (2.0, 2.0)))

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shoestring.adapt.distill import HUBER
 from shoestring.config import (
     DistillConfig,
     ProcessConfig,
@@ -191,7 +190,7 @@ def noise_left(huber):
 
 
 def test_codi_leaves_noise_under_the_pseudo_huber_distance():
-    assert noise_left(0.0) < 0.5 * noise_left(HUBER)
+    assert noise_left(0.0) < 0.5 * noise_left(DistillConfig.model_fields["huber"].default)
 
 
 def test_a_step_of_the_teacher_is_a_step_of_the_sampler():

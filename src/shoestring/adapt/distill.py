@@ -18,8 +18,6 @@ Method = Literal["consistency", "codi", "guided", "progressive"]
 METHODS: tuple[Method, ...] = ("consistency", "codi", "guided", "progressive")
 LEVELS = 18
 """Of the path of consistency distillation, as on EDM's grid for small pictures."""
-HUBER = 0.001
-"""c of the pseudo-Huber distance of consistency distillation, for each value."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def _settings(path: Path, asked: Distilling, guidance: tuple[float, float]) -> d
         "steps": path_steps[asked.method],
         "data_weight": 1.0 if asked.method == "codi" else 0.0,
         # CoDi makes its own steps, and under the pseudo-Huber distance learns to leave the noise.
-        "huber": 0.0 if asked.method == "codi" else HUBER,
+        **({"huber": 0.0} if asked.method == "codi" else {}),
     }
 
 
